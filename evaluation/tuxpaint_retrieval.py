@@ -1,0 +1,231 @@
+"""Retrieval on the held-out names of Tux Paint, beside a linear baseline on the same frozen features, in one run.
+
+    python -m modeling_sail.evaluation.tuxpaint_retrieval --model build/mini --work runs/mini
+
+The baseline is ridge regression from mean-pooled tower features to the text backbone's own embeddings of names, fitted on
+the same rows as the model; for pictures blended with the class names that EfficientNet-lite0's own classifier gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812  the field's own abbreviation
+
+from ..modeling_sail import SailEmbeddingModel
+from ..processing_sail import SailEmbeddingProcessor
+from ..training.build import load_built
+from ..training.data.tuxpaint import name_key
+from ..training.feature_cache import FeatureCache
+from ..training.mini import cache_features, load_sources, teacher_probabilities
+from ..training.pairs import CachedCollator, Item
+from ..training.towers import imagenet_class_names
+from .metrics import recall_at
+
+Rows = list[dict[str, Any]]
+LANGUAGE = "fr"  # the language with the most recorded speech
+RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
+BLENDS = (0.0, 0.2, 0.4, 0.6, 0.8)
+
+
+# --- what is retrieved ---------------------------------------------------------------------------------------------------
+
+
+def tasks(rows: Rows) -> dict[str, tuple[list[Item], list[Item], Tensor]]:
+    """Name of a task -> (queries, candidates, (Q, N) relevance). Candidates are one for each distinct name."""
+    spoken = [row for row in rows if LANGUAGE in row["speech"] and LANGUAGE in row["names"]]
+    english, french = _names(rows, "en"), _names(spoken, LANGUAGE)
+    picture, speech, both = _items(rows, "image"), _items(spoken, "audio"), _items(spoken, "image", "audio")
+    pictures = _items(spoken, "image")
+    mixed = [{"text": f"{english[key]['text']} {french[key]['text']}"} for key in french]
+    keys, spoken_keys = _keys(rows), _keys(spoken)
+    return {
+        "picture -> name": (picture, list(english.values()), _same(keys, english)),
+        "speech -> name": (speech, list(french.values()), _same(spoken_keys, french)),
+        "picture -> name (both languages)": (pictures, mixed, _same(spoken_keys, french)),
+        "speech -> name (both languages)": (speech, mixed, _same(spoken_keys, french)),
+        "picture+speech -> name (both languages)": (both, mixed, _same(spoken_keys, french)),
+        "name -> item (picture+speech)": (mixed, both, _same(spoken_keys, french).T),
+        "picture -> speech": (pictures, speech, _same(spoken_keys, spoken_keys)),
+    }
+
+
+def _names(rows: Rows, language: str) -> dict[str, Item]:
+    return {name_key(row["names"]["en"]): {"text": row["names"][language]} for row in reversed(rows)}
+
+
+def _keys(rows: Rows) -> list[str]:
+    return [name_key(row["names"]["en"]) for row in rows]
+
+
+def _items(rows: Rows, *fields: str) -> list[Item]:
+    values = [{"image": row["image"], "audio": row["speech"].get(LANGUAGE)} for row in rows]
+    return [{field: item[field] for field in fields} for item in values]
+
+
+def _same(queries: Sequence[str], candidates: Sequence[str]) -> Tensor:
+    return torch.tensor([[query == candidate for candidate in candidates] for query in queries])
+
+
+# --- the model -----------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def embed(
+    model: SailEmbeddingModel, collate: CachedCollator, items: list[Item], task: str | None, side: str, size: int = 64
+) -> Tensor:
+    """(N, D) normalised embeddings from cached tower features."""
+    instruction = collate.processor.instruction_for(task, side)
+    parts = [
+        model(**collate.side(items[start : start + size], instruction)).embeddings
+        for start in range(0, len(items), size)
+    ]
+    return F.normalize(torch.cat(parts), dim=-1)
+
+
+def family(queries: list[Item], candidates: list[Item]) -> str:
+    """The task family whose instructions fit: names as queries are q2i, names as candidates cls, else i2i."""
+    if "text" in queries[0]:
+        return "q2i"
+    return "cls" if "text" in candidates[0] else "i2i"
+
+
+# --- the linear baseline -------------------------------------------------------------------------------------------------
+
+
+class LinearBaseline:
+    """Ridge regression from pooled features to name embeddings; strength and blend are chosen on validation names.
+
+    Args:
+        encode_text: names to (N, D) normalised vectors of the text backbone as it was published.
+        images, sounds: cached tower features.
+        sources: rows by source, with "validation".
+    """
+
+    def __init__(
+        self, encode_text: Any, images: FeatureCache, sounds: FeatureCache, sources: dict[str, Rows]  # noqa: ANN401
+    ) -> None:
+        self.encode_text, self.images, self.sounds = encode_text, images, sounds
+        fit = [row for name in ("tuxpaint", "openclipart", "emoji") for row in sources[name]]
+        words = encode_text(imagenet_class_names())
+        paths = [row["image"] for part in sources.values() for row in part]
+        self.classes = {path: p @ words for path, p in teacher_probabilities(images, paths, 1.0).items()}
+        pairs = {"image": _picture_pairs(fit, images), "audio": _speech_pairs(fit, sounds)}
+        held = {
+            "image": _picture_pairs(sources["validation"], images),
+            "audio": _speech_pairs(sources["validation"], sounds),
+        }
+        self.maps = {field: self._fit(field, pairs[field], held[field]) for field in pairs}
+
+    def _fit(self, field: str, pairs: Sequence[tuple[str, str]], held: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
+        features, targets = self._pooled(field, [p for p, _ in pairs]), self.encode_text([name for _, name in pairs])
+        centre, middle = features.mean(dim=0), targets.mean(dim=0)
+        gram, cross = (features - centre).T @ (features - centre), (features - centre).T @ (targets - middle)
+        relevant = _same([name for _, name in held], [name for _, name in held])
+        best: tuple[float, dict[str, Any]] = (-1.0, {})
+        for ridge in RIDGES:
+            weight = torch.linalg.solve(gram + ridge * torch.eye(len(gram)), cross)
+            for blend in BLENDS if field == "image" else (0.0,):
+                found = {"weight": weight, "centre": centre, "middle": middle, "blend": blend}
+                scores = self._project(field, [p for p, _ in held], found) @ self.encode_text([n for _, n in held]).T
+                score = recall_at(scores, relevant, 10)
+                best = max(best, (score, found), key=lambda pair: pair[0])
+        return best[1]
+
+    def _pooled(self, field: str, paths: Sequence[str]) -> Tensor:
+        cache = self.images if field == "image" else self.sounds
+        return F.normalize(torch.stack([cache[path].float().mean(dim=(0, 1)) for path in paths]), dim=-1)
+
+    def _project(self, field: str, paths: Sequence[str], fitted: dict[str, Any]) -> Tensor:
+        linear = (self._pooled(field, paths) - fitted["centre"]) @ fitted["weight"] + fitted["middle"]
+        result = F.normalize(linear, dim=-1)
+        if fitted["blend"]:
+            named = F.normalize(torch.stack([self.classes[path] for path in paths]), dim=-1)
+            result = F.normalize((1 - fitted["blend"]) * result + fitted["blend"] * named, dim=-1)
+        return result
+
+    def embed(self, items: list[Item]) -> Tensor:
+        """(N, D): names by the text backbone, pictures and sounds by their maps, both by the sum of the two."""
+        if "text" in items[0]:
+            return self.encode_text([item["text"] for item in items])
+        parts = [self._project(field, [item[field] for item in items], self.maps[field]) for field in items[0]]
+        return F.normalize(torch.stack(parts).sum(dim=0), dim=-1)
+
+
+def _picture_pairs(rows: Rows, images: FeatureCache) -> list[tuple[str, str]]:
+    named = [(row["image"], row["title"] if "title" in row else row["names"]["en"]) for row in rows]
+    return [(path, name) for path, name in named if path in images]
+
+
+def _speech_pairs(rows: Rows, sounds: FeatureCache) -> list[tuple[str, str]]:
+    spoken = [(path, row["names"].get(language)) for row in rows for language, path in row.get("speech", {}).items()]
+    return [(path, name) for path, name in spoken if name and path in sounds]
+
+
+def text_encoder(model: SailEmbeddingModel, processor: SailEmbeddingProcessor) -> Any:  # noqa: ANN401
+    """The published text backbone: mean of its last states, normalised, no tanh, no prompt."""
+
+    @torch.inference_mode()
+    def encode(texts: list[str]) -> Tensor:
+        parts = []
+        for start in range(0, len(texts), 64):
+            batch = processor.tokenizer(texts[start : start + 64], padding=True, truncation=True, return_tensors="pt")
+            hidden = model.text_tower(**batch).last_hidden_state
+            mask = batch["attention_mask"][..., None]
+            parts.append((hidden * mask).sum(dim=1) / mask.sum(dim=1))
+        return F.normalize(torch.cat(parts), dim=-1)
+
+    return encode
+
+
+# --- the run -------------------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    model: SailEmbeddingModel, collate: CachedCollator, baseline: LinearBaseline | None, rows: Rows
+) -> list[dict[str, Any]]:
+    """One result for each task: sizes, and R@1 and R@10 of the model and of the baseline."""
+    results = []
+    for name, (queries, candidates, relevant) in tasks(rows).items():
+        task = family(queries, candidates)
+        ours = embed(model, collate, queries, task, "query") @ embed(model, collate, candidates, task, "target").T
+        result: dict[str, Any] = {"task": name, "queries": len(queries), "candidates": len(candidates)}
+        scores = {"model": ours}
+        if baseline is not None:
+            scores["linear"] = baseline.embed(queries) @ baseline.embed(candidates).T
+        for who, matrix in scores.items():
+            result |= {f"{who} R@{k}": round(recall_at(matrix, relevant, k), 4) for k in (1, 10)}
+        results.append(result)
+    return results
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line of the evaluation: prints a table and writes it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("build/mini"))
+    parser.add_argument("--work", type=Path, default=Path("runs/mini"), help="feature cache, shared with the training")
+    parser.add_argument("--out", type=Path, help="JSON of the results")
+    args = parser.parse_args(arguments)
+    model, processor = load_built(args.model)
+    sources = load_sources(args.work)
+    images, sounds = cache_features(model, processor, sources, args.work)
+    for row in (row for part in sources.values() for row in part):
+        row["speech"] = {language: path for language, path in row.get("speech", {}).items() if path in sounds}
+    from ..training.build import assemble  # the baseline reads the backbone as it was before training
+
+    baseline = LinearBaseline(text_encoder(assemble("mini")[0], processor), images, sounds, sources)
+    results = evaluate(model, CachedCollator(processor, images, sounds), baseline, sources["test"])
+    for result in results:
+        print("  ".join(f"{value:>40}" if name == "task" else f"{name} {value}" for name, value in result.items()))
+    if args.out:
+        args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

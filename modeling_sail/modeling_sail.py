@@ -1,0 +1,506 @@
+"""SailEmbeddingModel: towers -> tokens -> fusion -> one embedding an item (SAIL-Embedding, section 3.2).
+
+Top to bottom: the output, the parts, the model. Unusual: pictures and sounds of all items of a batch are flat lists with
+an owner each, so an item has any number of them and a missing modality costs nothing; single-modality embeddings re-use
+the towers' tokens of the same pass, in sequences of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, ClapAudioModel, PretrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .configuration_sail import AUDIO, MODALITIES, PAD, PROMPT, SEGMENT_OF, TEXT, VISION, SailEmbeddingConfig
+from .perceiver_sail import VisualPerceiver
+
+# Two towers that AutoModel cannot build alone: Whisper maps to the whole model, CLAP's audio side to nothing.
+TOWER_CLASSES = {"whisper": WhisperEncoder, "clap_audio_model": ClapAudioModel}
+
+# On a CPU, small batches of pictures and windows stay in the cache: measured 3 to 4 times faster than batches of 32.
+CPU_TOWER_BATCH = 8
+
+
+@dataclass
+class SailOutput(ModelOutput):
+    """What the model returns. B items, L tokens, D the backbone's width.
+
+    Attributes:
+        embeddings: (B, D), MeanPool(tanh(F(T))), not normalised: cut to a Matryoshka length first, then normalise.
+        modality_mask: (B, 3) booleans, whether the item has audio, vision, text (the order of ``MODALITIES``).
+        last_hidden_state: (B, L, D), the backbone's output before tanh and mean.
+        vision_embeddings, text_embeddings, audio_embeddings: (B, D), encoded without the other modalities; zeros where
+            ``modality_mask`` is False. Only with ``output_modality_embeddings=True``.
+        late_fusion_embeddings: (B, D), the gated sum with the visual embedding. Only with ``output_late_fusion=True``.
+        hidden_states, attentions: of the backbone's fused pass, on request.
+    """
+
+    embeddings: Tensor | None = None
+    modality_mask: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    vision_embeddings: Tensor | None = None
+    text_embeddings: Tensor | None = None
+    audio_embeddings: Tensor | None = None
+    late_fusion_embeddings: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+# --- parts -------------------------------------------------------------------------------------------------------------
+
+
+class AudioAdapter(nn.Module):
+    """Windows of sound to one token an item: pool each window, mean of the item's windows, project (section 3.2)."""
+
+    def __init__(self, config: SailEmbeddingConfig, input_size: int, num_heads: int = 8) -> None:
+        super().__init__()
+        self.num_heads = num_heads if input_size % num_heads == 0 else 1
+        self.score = nn.Linear(input_size, self.num_heads) if config.audio_pooling == "attention" else None
+        self.norm = nn.LayerNorm(input_size)
+        self.up = nn.Linear(input_size, 2 * config.hidden_size)
+        self.down = nn.Linear(2 * config.hidden_size, config.hidden_size)
+
+    def forward(self, features: Tensor, group: Tensor) -> Tensor:
+        """(M, T, A) features of M windows and (M,) rising item indices below G -> (G, D) tokens."""
+        pooled = self._pool(features)  # (M, A)
+        windows = torch.bincount(group)  # (G,)
+        total = pooled.new_zeros(len(windows), pooled.shape[1]).index_add(0, group, pooled)
+        mean = total / windows[:, None].to(total.dtype)  # (G, A)
+        return self.down(nn.functional.gelu(self.up(self.norm(mean))))
+
+    def _pool(self, features: Tensor) -> Tensor:
+        if self.score is None:
+            return features.mean(dim=1)
+        weights = self.score(features).float().softmax(dim=1).to(features.dtype)  # (M, T, heads)
+        heads = features.unflatten(-1, (self.num_heads, -1))  # (M, T, heads, A / heads)
+        return (weights[..., None] * heads).sum(dim=1).flatten(1)
+
+
+class Temperatures(nn.Module):
+    """One learnable temperature for each training dataset (section 3.3.2): in the model, so that every rank and every
+    checkpoint has it. As a logarithm, so that it stays above zero."""
+
+    def __init__(self, config: SailEmbeddingConfig) -> None:
+        super().__init__()
+        self.names = list(config.temperatures)
+        self.log = nn.Parameter(torch.tensor(list(config.temperatures.values())).log())
+
+    def forward(self, name: str) -> Tensor:
+        """The scalar temperature of a dataset, in float32."""
+        if name not in self.names:
+            raise ValueError(f"No temperature for dataset {name!r}; the configuration has {self.names}.")
+        return self.log[self.names.index(name)].float().exp()
+
+
+def build_tower(config: PretrainedConfig) -> PreTrainedModel:
+    """A randomly initialised tower for a transformers configuration, without the pooling head that nothing reads."""
+    builder = TOWER_CLASSES.get(config.model_type)
+    tower = AutoModel.from_config(config) if builder is None else builder._from_config(config)
+    pooler = getattr(tower, "pooler", None)
+    # Parameters that no output depends on would stall distributed training, which waits for every gradient.
+    if isinstance(pooler, nn.Module) and next(pooler.parameters(), None) is not None:
+        tower.pooler = None
+    return tower
+
+
+def tower_width(config: PretrainedConfig) -> int:
+    """Number of channels of a tower's ``last_hidden_state``, whatever its family calls it."""
+    for name in ("hidden_dim", "hidden_size", "d_model"):  # EfficientNet's hidden_dim is its last map
+        if isinstance(getattr(config, name, None), int):
+            return getattr(config, name)
+    if getattr(config, "hidden_sizes", None):
+        return config.hidden_sizes[-1]
+    raise ValueError(f"Cannot tell the width of a {config.model_type!r} tower; it needs hidden_size or hidden_sizes.")
+
+
+def as_tokens(hidden: Tensor) -> Tensor:
+    """(N, T, C) as it is; a map (N, C, H, W) becomes (N, H * W, C)."""
+    return hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
+
+
+# --- the model ---------------------------------------------------------------------------------------------------------
+
+
+class SailEmbeddingPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know of the family: initialisation, attention kernels, splitting, checkpointing."""
+
+    config_class = SailEmbeddingConfig
+    base_model_prefix = "sail"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "audio", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PerceiverBlock", "AudioAdapter"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, VisualPerceiver):
+            init.normal_(module.latents, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, Temperatures):
+            init.copy_(module.log, torch.tensor(list(self.config.temperatures.values())).log())
+
+
+class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
+    """One vector for any item or query (SAIL-Embedding, section 3.2, Fig. 4).
+
+    >>> model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    >>> batch = processor([{"title": "a red kangaroo", "image": "kangaroo.png"}], task="i2i", side="target")
+    >>> model(**batch).embeddings.shape
+    torch.Size([1, 384])
+    """
+
+    def __init__(self, config: SailEmbeddingConfig) -> None:
+        super().__init__(config)
+        self.text_tower = build_tower(config.text_config)
+        for module in self.text_tower.modules():
+            # Some kernels ask the layer, not the mask, whether it is causal (section 3.2: bidirectional fusion).
+            if getattr(module, "is_causal", False):
+                module.is_causal = False
+        self.vision_tower = self.perceiver = self.audio_tower = self.audio_adapter = self.late_fusion_gate = None
+        if config.vision_config is not None:
+            self.vision_tower = build_tower(config.vision_config)
+            self.perceiver = VisualPerceiver(config, tower_width(config.vision_config))
+            if config.late_fusion:
+                self.late_fusion_gate = nn.Linear(2 * config.hidden_size, config.hidden_size)
+        if config.audio_config is not None:
+            self.audio_tower = build_tower(config.audio_config)
+            self.audio_adapter = AudioAdapter(config, tower_width(config.audio_config))
+        self.temperatures = Temperatures(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_tower.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_tower.set_input_embeddings(value)
+
+    def train(self, mode: bool = True) -> SailEmbeddingModel:
+        """As in torch; a tower that is wholly frozen stays in eval mode, so that its batch norms do not move."""
+        super().train(mode)
+        for tower in (self.text_tower, self.vision_tower, self.audio_tower):
+            if tower is not None and not any(parameter.requires_grad for parameter in tower.parameters()):
+                tower.eval()
+        return self
+
+    # -- one item in, one vector out ------------------------------------------------------------------------------------
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        modality_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_owner: Tensor | None = None,
+        frame_positions: Tensor | None = None,
+        input_features: Tensor | None = None,
+        audio_owner: Tensor | None = None,
+        image_features: Tensor | None = None,
+        audio_features: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_modality_embeddings: bool = False,
+        output_late_fusion: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,  # noqa: ANN401  passed on to the backbone
+    ) -> SailOutput:
+        """Embed B items of L tokens with N pictures and frames and M windows of sound in all.
+
+        Args:
+            input_ids: (B, L) tokens with the placeholders of pictures and sound; or ``inputs_embeds`` (B, L, D).
+            attention_mask: (B, L), 1 for tokens, 0 for padding.
+            modality_ids: (B, L), 0 padding, 1 prompt, 2 audio, 3 vision, 4 text; told from the placeholders if absent.
+            pixel_values: (N, 3, H, W), every picture and frame; or ``image_features`` (N, T, V), the vision tower's
+                tokens where they are cached.
+            image_owner: (N,), the row that each picture belongs to; may be absent where each row with pictures has one.
+            frame_positions: (N,), index of the picture within its item; 0, 1, ... in order if absent.
+            input_features: (M, ...), windows as the audio tower takes them; or ``audio_features`` (M, T, A).
+            audio_owner: (M,), the row that each window belongs to; may be absent like ``image_owner``.
+            output_modality_embeddings: also ``vision_embeddings``, ``text_embeddings``, ``audio_embeddings``.
+            output_late_fusion: also ``late_fusion_embeddings``.
+            output_hidden_states, output_attentions: of the backbone, as in transformers.
+
+        Raises:
+            ValueError: neither or both of ids and embeddings; a tower that the model lacks; owners, placeholders and
+                pictures that do not fit together.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids (B, L) and inputs_embeds (B, L, D).")
+        embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        segments = self._segments(input_ids, embeds, attention_mask, modality_ids)  # (B, L)
+
+        if pixel_values is not None or image_features is not None:
+            image_owner = self._owners(image_owner, pixel_values, image_features, segments == VISION, "image_owner")
+            latents = self._encode_vision(pixel_values, image_features, image_owner, frame_positions)  # (G, K, D)
+            embeds = _fill(embeds, segments == VISION, latents, "pictures")
+        if input_features is not None or audio_features is not None:
+            audio_owner = self._owners(audio_owner, input_features, audio_features, segments == AUDIO, "audio_owner")
+            sound = self._encode_audio(input_features, audio_features, audio_owner)  # (G, D)
+            embeds = _fill(embeds, segments == AUDIO, sound, "sounds")
+
+        flags = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        flags = {name: flag for name, flag in flags.items() if flag is not None}
+        fused = self._fuse(embeds, (segments != PAD).long(), **flags, **kwargs)
+        output = SailOutput(
+            embeddings=self._pool(fused.last_hidden_state, segments),
+            modality_mask=torch.stack([(segments == SEGMENT_OF[name]).any(dim=1) for name in MODALITIES], dim=1),
+            last_hidden_state=fused.last_hidden_state,
+            hidden_states=getattr(fused, "hidden_states", None),
+            attentions=getattr(fused, "attentions", None),
+        )
+        if output_modality_embeddings:
+            for name in MODALITIES:
+                output[f"{name}_embeddings"] = self._embed_alone(embeds, segments, SEGMENT_OF[name])
+        if output_late_fusion:
+            output["late_fusion_embeddings"] = self._late_fusion(embeds, segments, output.embeddings)
+        return output
+
+    # -- towers ---------------------------------------------------------------------------------------------------------
+
+    def _encode_vision(
+        self, pixels: Tensor | None, features: Tensor | None, owner: Tensor, positions: Tensor | None
+    ) -> Tensor:
+        """(N, 3, H, W) pictures, or their (N, T, V) features, with (N,) rising owners -> (G, K, D) visual tokens."""
+        if self.perceiver is None:
+            raise ValueError("The batch has pictures, but this model has no vision tower (vision_config is None).")
+        features = self.vision_features(pixels) if features is None else features.to(self.perceiver.latents.dtype)
+        group = _ranks(owner)  # (N,)
+        if positions is None:
+            positions = _places(group)
+        limit = self.config.max_frames
+        if positions.numel() and int(positions.max()) >= limit:
+            raise ValueError(f"An item has {int(positions.max()) + 1} pictures and frames; max_frames={limit}. Sample fewer.")
+        if not self.config.latents_per_frame:
+            return self.perceiver(features, positions, group)
+        each = torch.arange(len(group), device=group.device)
+        return self.perceiver(features, positions, each)  # (N, K, D): in order of the owners, so rows fill in order
+
+    def vision_features(self, pixels: Tensor) -> Tensor:
+        return as_tokens(self._run_tower(self.vision_tower, pixels, "last_hidden_state"))
+
+    def _encode_audio(self, windows: Tensor | None, features: Tensor | None, owner: Tensor) -> Tensor:
+        """(M, ...) windows, or their (M, T, A) features, with (M,) rising owners -> (G, D), one token an item."""
+        if self.audio_adapter is None:
+            raise ValueError("The batch has sound, but this model has no audio tower (audio_config is None).")
+        features = self.audio_features(windows) if features is None else features.to(self.audio_adapter.up.weight.dtype)
+        return self.audio_adapter(features, _ranks(owner))
+
+    def audio_features(self, windows: Tensor) -> Tensor:
+        if self.config.audio_pooling == "pooler":
+            return self._run_tower(self.audio_tower, windows, "pooler_output")[:, None]
+        return as_tokens(self._run_tower(self.audio_tower, windows, "last_hidden_state"))
+
+    def _run_tower(self, tower: PreTrainedModel, values: Tensor, field: str) -> Tensor:
+        values = values.to(next(tower.parameters()).dtype)
+        if torch.is_grad_enabled() or values.device.type != "cpu":
+            return tower(values)[field]
+        return torch.cat([tower(part)[field] for part in values.split(CPU_TOWER_BATCH)])
+
+    # -- fusion ---------------------------------------------------------------------------------------------------------
+
+    def _fuse(self, embeds: Tensor, attention_mask: Tensor, **kwargs: Any) -> ModelOutput:  # noqa: ANN401
+        return self.text_tower(inputs_embeds=embeds, attention_mask=attention_mask, return_dict=True, **kwargs)
+
+    def _pool(self, hidden: Tensor, segments: Tensor) -> Tensor:
+        """z = MeanPool(tanh(F(T))) over all tokens of the item (section 3.2); in float32, whatever the backbone's type."""
+        hidden = hidden.float()
+        if self.config.pool_tanh:
+            hidden = hidden.tanh()
+        counted = segments != PAD if self.config.pool_prompt else (segments != PAD) & (segments != PROMPT)
+        weights = counted.to(hidden.dtype)[..., None]  # (B, L, 1)
+        return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1)  # (B, D)
+
+    def _embed_alone(self, embeds: Tensor, segments: Tensor, segment: int) -> Tensor:
+        """Embed each item from its prompt and one modality; what is left out is cut from the sequence, not masked.
+
+        So the vector equals that of the same item with the other modalities absent.
+        """
+        rows = (segments == segment).any(dim=1).nonzero()[:, 0]
+        alone = embeds.new_zeros(len(segments), embeds.shape[-1], dtype=torch.float32)
+        if not len(rows):
+            return alone
+        kept = (segments[rows] == PROMPT) | (segments[rows] == segment)
+        length = int(kept.sum(dim=1).max())
+        order = (~kept).long().argsort(dim=1, stable=True)[:, :length]  # (R, L')
+        short = torch.where(kept, segments[rows], PAD).gather(1, order)
+        tokens = embeds[rows[:, None], order]  # (R, L', D)
+        return alone.index_copy(0, rows, self._pool(self._fuse(tokens, (short != PAD).long()).last_hidden_state, short))
+
+    def _late_fusion(self, embeds: Tensor, segments: Tensor, fused: Tensor) -> Tensor:
+        """n_hat = g * v + (1 - g) * n_m with g = sigmoid(W [v, n_m] + b) (section 3.2); n_m where nothing is seen.
+
+        v is the mean of the item's projected perceiver latents, which are the visual tokens of ``embeds``.
+        """
+        if self.late_fusion_gate is None:
+            raise ValueError("output_late_fusion needs a vision tower and late_fusion=True in the configuration.")
+        seen = (segments == VISION).to(embeds.dtype)[..., None]  # (B, L, 1)
+        count = seen.sum(dim=1)
+        visual = (embeds * seen).sum(dim=1) / count.clamp_min(1)  # (B, D)
+        both = torch.cat([visual, fused.to(visual.dtype)], dim=-1)
+        gate = self.late_fusion_gate(both).float().sigmoid() * (count > 0)
+        return gate * visual.float() + (1 - gate) * fused
+
+    # -- how the flat lists and the rows fit together ---------------------------------------------------------------------
+
+    def _segments(
+        self, input_ids: Tensor | None, embeds: Tensor, attention_mask: Tensor | None, modality_ids: Tensor | None
+    ) -> Tensor:
+        """(B, L) segment of each token, from ``modality_ids`` or else from the placeholders."""
+        if modality_ids is None:
+            modality_ids = torch.full(embeds.shape[:2], TEXT, device=embeds.device)
+            for token_id, segment in ((self.config.image_token_id, VISION), (self.config.audio_token_id, AUDIO)):
+                if token_id is not None:
+                    modality_ids = modality_ids.masked_fill(self._is_token(token_id, input_ids, embeds), segment)
+        if attention_mask is not None:
+            modality_ids = modality_ids.masked_fill(attention_mask == 0, PAD)
+        return modality_ids
+
+    def _is_token(self, token_id: int, input_ids: Tensor | None, embeds: Tensor) -> Tensor:
+        if input_ids is not None:
+            return input_ids == token_id
+        placeholder = self.get_input_embeddings()(torch.tensor(token_id, device=embeds.device))
+        return (embeds == placeholder.to(embeds.dtype)).all(dim=-1)
+
+    def _owners(
+        self, owner: Tensor | None, values: Tensor | None, features: Tensor | None, placeholders: Tensor, name: str
+    ) -> Tensor:
+        given = values if features is None else features
+        if owner is None:
+            owner = placeholders.any(dim=1).nonzero()[:, 0]
+            if len(owner) != len(given):
+                raise ValueError(f"{len(given)} pictures or windows for {len(owner)} rows that have one: give {name}.")
+        if len(owner) != len(given) or bool((owner.diff() < 0).any()):
+            raise ValueError(f"{name} must hold one row index for each of the {len(given)} entries, in rising order.")
+        rows = placeholders.any(dim=1).nonzero()[:, 0]
+        if not torch.equal(owner.unique_consecutive(), rows):
+            raise ValueError(
+                f"{name} names rows {owner.unique_consecutive().tolist()}, but rows {rows.tolist()} have placeholders."
+            )
+        return owner
+
+    # -- one modality, as transformers' multimodal models have it ---------------------------------------------------------
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        image_owner: Tensor | None = None,
+        frame_positions: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,  # noqa: ANN401  passed on to the vision tower
+    ) -> BaseModelOutputWithPooling:
+        """Visual tokens of items from their pictures; without owners every picture is an item of its own.
+
+        Returns:
+            ``last_hidden_state`` (N, T, V), the tower's tokens, and ``pooler_output`` (G, num_latents, D), what the
+            fusion backbone reads.
+        """
+        if self.vision_tower is None:
+            raise ValueError("This model has no vision tower (vision_config is None).")
+        output = _call_tower(self.vision_tower, pixel_values, output_hidden_states, output_attentions, kwargs)
+        features = as_tokens(output.last_hidden_state)
+        owner = torch.arange(len(features), device=features.device) if image_owner is None else image_owner
+        return BaseModelOutputWithPooling(
+            last_hidden_state=features,
+            pooler_output=self._encode_vision(None, features, owner, frame_positions),
+            hidden_states=getattr(output, "hidden_states", None),
+            attentions=getattr(output, "attentions", None),
+        )
+
+    @can_return_tuple
+    def get_audio_features(
+        self,
+        input_features: Tensor,
+        audio_owner: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,  # noqa: ANN401  passed on to the audio tower
+    ) -> BaseModelOutputWithPooling:
+        """Audio tokens of items from their windows; without owners every window is an item of its own.
+
+        Returns:
+            ``last_hidden_state`` (M, T, A), the tower's tokens, and ``pooler_output`` (G, 1, D).
+        """
+        if self.audio_tower is None:
+            raise ValueError("This model has no audio tower (audio_config is None).")
+        output = _call_tower(self.audio_tower, input_features, output_hidden_states, output_attentions, kwargs)
+        tokens = as_tokens(output.last_hidden_state)
+        features = output.pooler_output[:, None] if self.config.audio_pooling == "pooler" else tokens
+        owner = torch.arange(len(features), device=features.device) if audio_owner is None else audio_owner
+        return BaseModelOutputWithPooling(
+            last_hidden_state=tokens,
+            pooler_output=self._encode_audio(None, features, owner)[:, None],
+            hidden_states=getattr(output, "hidden_states", None),
+            attentions=getattr(output, "attentions", None),
+        )
+
+    @can_return_tuple
+    def get_text_features(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,  # noqa: ANN401  passed on to the backbone
+    ) -> BaseModelOutputWithPooling:
+        """Text alone through the fusion backbone: ``last_hidden_state`` (B, L, D), ``pooler_output`` (B, D)."""
+        output = self.forward(
+            input_ids,
+            attention_mask,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            **kwargs,
+        )
+        return BaseModelOutputWithPooling(
+            last_hidden_state=output.last_hidden_state,
+            pooler_output=output.embeddings,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+
+
+# --- arithmetic of owners ------------------------------------------------------------------------------------------------
+
+
+def _ranks(owner: Tensor) -> Tensor:
+    """(N,) rising row indices -> (N,) group indices 0 .. G - 1 without gaps."""
+    return torch.unique_consecutive(owner, return_inverse=True)[1]
+
+
+def _places(group: Tensor) -> Tensor:
+    """(N,) rising group indices -> (N,) place of each entry within its group."""
+    counts = torch.bincount(group)
+    return torch.arange(len(group), device=group.device) - (counts.cumsum(0) - counts)[group]
+
+
+def _fill(embeds: Tensor, where: Tensor, tokens: Tensor, what: str) -> Tensor:
+    """Put (G, K, D) or (G, D) tokens in the places of (B, L) ``where``, row by row."""
+    tokens = tokens.reshape(-1, tokens.shape[-1])
+    if int(where.sum()) != len(tokens):
+        raise ValueError(
+            f"The rows have {int(where.sum())} placeholders for {what}, but their {what} make {len(tokens)} tokens; "
+            "processor and model must come from the same folder."
+        )
+    return embeds.masked_scatter(where[..., None], tokens.to(embeds.dtype))
+
+
+def _call_tower(
+    tower: PreTrainedModel, values: Tensor, hidden_states: bool | None, attentions: bool | None, kwargs: dict[str, Any]
+) -> ModelOutput:
+    flags = {"output_hidden_states": hidden_states, "output_attentions": attentions}
+    return tower(values, return_dict=True, **{name: flag for name, flag in flags.items() if flag is not None}, **kwargs)
+
+
+SailEmbeddingModel.register_for_auto_class("AutoModel")

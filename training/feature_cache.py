@@ -1,0 +1,101 @@
+"""Features of frozen towers, computed once and kept on disk: a training of the connectors then never runs a tower.
+
+Unusual: blocks are written whole and renamed into place, so a killed run loses at most one block and resumes by itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..items_sail import ItemStatus
+from ..modeling_sail import SailEmbeddingModel
+from ..processing_sail import SailEmbeddingProcessor
+
+BLOCK = 64  # entries of a file: small enough to lose, large enough not to make thousands of files
+
+
+class FeatureCache:
+    """Float16 tower features by key, in a folder of safetensors blocks.
+
+    Args:
+        folder: where the blocks lie; made if it is not there. What lies there already is read.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.entries: dict[str, Tensor] = {}
+        self.failed: dict[str, str] = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            self._read(path)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.entries
+
+    def __getitem__(self, key: str) -> Tensor:
+        """(F, T, C) float16: F pictures or windows of T tokens."""
+        return self.entries[key]
+
+    def add(
+        self, keys: Sequence[str], compute: Callable[[list[str]], tuple[list[Tensor], list[ItemStatus]]], name: str
+    ) -> None:
+        """Compute what is missing. A key that fails is remembered with its reason, and left out.
+
+        Args:
+            keys: what is wanted.
+            compute: keys to the features of the good ones and a status for each.
+            name: shown on the progress bar.
+        """
+        missing = [key for key in dict.fromkeys(keys) if key not in self.entries and key not in self.failed]
+        for start in tqdm(range(0, len(missing), BLOCK), desc=name, disable=not missing):
+            block = missing[start : start + BLOCK]
+            features, statuses = compute(block)
+            good = [key for key, status in zip(block, statuses, strict=True) if status.status == "ok"]
+            bad = {block[s.index]: f"{s.field}: {s.reason}" for s in statuses if s.status != "ok"}
+            self._write(dict(zip(good, features, strict=True)), bad)
+
+    def _write(self, features: dict[str, Tensor], failed: dict[str, str]) -> None:
+        name = hashlib.sha256("\n".join([*features, *failed]).encode()).hexdigest()[:16]
+        tensors = {str(index): tensor.half().contiguous() for index, tensor in enumerate(features.values())}
+        path = self.folder / f"{name}.safetensors"
+        partial = path.with_suffix(".partial")
+        save_file(tensors, partial, metadata={"keys": json.dumps(list(features)), "failed": json.dumps(failed)})
+        os.replace(partial, path)
+        self._read(path)
+
+    def _read(self, path: Path) -> None:
+        with safe_open(path, framework="pt") as block:
+            metadata = block.metadata()
+            for index, key in enumerate(json.loads(metadata["keys"])):
+                self.entries[key] = block.get_tensor(str(index))
+            self.failed.update(json.loads(metadata["failed"]))
+
+
+def tower_features(
+    model: SailEmbeddingModel, processor: SailEmbeddingProcessor, field: str
+) -> Callable[[list[str]], tuple[list[Tensor], list[ItemStatus]]]:
+    """A ``compute`` for `FeatureCache.add`: paths of pictures (``field="image"``) or sounds (``"audio"``) to features."""
+
+    @torch.inference_mode()
+    def compute(paths: list[str]) -> tuple[list[Tensor], list[ItemStatus]]:
+        loaded, statuses = processor.load([{field: path} for path in paths], errors="skip")
+        if not loaded:
+            return [], statuses
+        batch = processor.collate(loaded)
+        if field == "image":
+            features, owner = model.vision_features(batch["pixel_values"]), batch["image_owner"]
+        else:
+            features, owner = model.audio_features(batch["input_features"]), batch["audio_owner"]
+        return list(features.split(torch.bincount(owner).tolist())), statuses
+
+    return compute
