@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 import torch
 from tqdm.auto import tqdm
 
+from .items_sail import ItemStatus
 from .sentence_transformer_sail import SailSentenceTransformer
 
 PART = 256  # items of a part: what a kill can cost, and the window in which items are sorted by length
@@ -153,21 +155,41 @@ def embed_rows(
     """One row for each item, good or bad."""
     readable = [item for _, item in items if not isinstance(item, BadLine)]
     with torch.inference_mode():
-        features = module.preprocess(readable, prompt=instruction, errors="skip") if readable else None
-        vectors = module(features)["sentence_embedding"][:, :truncate_dim] if features else torch.empty(0, 0)
+        features = module.preprocess(readable, prompt=instruction, errors="skip")
+        vectors = module(features)["sentence_embedding"][:, :truncate_dim]
     vectors = torch.nn.functional.normalize(vectors, dim=-1).float().cpu().numpy()
-    good = iter(zip(features["statuses"] if features else [], vectors, strict=True))
-    rows = [_row(name, item, good) for name, item in items]
+    encoded = iter(zip(features["statuses"], vectors, strict=True))
+    rows = [_row(name, item, encoded) for name, item in items]
     schema = pa.schema(
         [("id", pa.string()), ("embedding", pa.list_(pa.float32())), ("status", pa.string()), ("reason", pa.string())]
     )
     return pa.Table.from_pylist(rows, schema=schema)
 
 
-def _row(name: str, item: Any, good: Iterator[Any]) -> dict[str, Any]:  # noqa: ANN401  any item
+def encode_items(
+    module: SailSentenceTransformer, items: Sequence[tuple[str, Any]], instruction: str = "", progress: str = ""
+) -> tuple[np.ndarray, list[ItemStatus]]:
+    """Embed (id, item) pairs in memory.
+
+    Returns:
+        (G, D) float32 vectors of the G good items in order, and a status for each item.
+    """
+    vectors, statuses = [], []
+    for start in tqdm(range(0, len(items), PART // 4), desc=progress, disable=not progress):
+        chunk = [item for _, item in items[start : start + PART // 4]]
+        with torch.inference_mode():
+            features = module.preprocess(chunk, prompt=instruction, errors="skip")
+            found = module(features)["sentence_embedding"].float().cpu().numpy()
+        good = [status.status == "ok" for status in features["statuses"]]
+        vectors.append(found[good])
+        statuses += [replace(status, index=start + status.index) for status in features["statuses"]]
+    return np.concatenate(vectors) if vectors else np.empty((0, 0), np.float32), statuses
+
+
+def _row(name: str, item: Any, encoded: Iterator[Any]) -> dict[str, Any]:  # noqa: ANN401  any item
     if isinstance(item, BadLine):
         return {"id": name, "embedding": None, "status": "error", "reason": item.reason}
-    status, vector = next(good)
+    status, vector = next(encoded)
     if status.status == "ok":
         return {"id": name, "embedding": vector, "status": "ok", "reason": ""}
     reason = f"{status.field}: {status.reason}" if status.field else status.reason
@@ -205,3 +227,14 @@ def _replace(path: Path, table: pa.Table) -> None:
     partial = path.with_name(path.name + ".partial")
     pq.write_table(table, partial)
     os.replace(partial, path)
+
+
+def load_module(folder: Path) -> SailSentenceTransformer:
+    """The model of a folder, ready to encode, with the installed code.
+
+    Raises:
+        ValueError: the folder is not one that `sail build` or ``save_pretrained`` wrote.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no model; build one: sail build --preset mini --out {folder}")
+    return SailSentenceTransformer.load(str(folder)).eval()

@@ -11,12 +11,14 @@ import os
 import re
 import struct
 import unicodedata
+import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
@@ -36,9 +38,13 @@ MAX_CHANNELS = 32  # above it, a two-dimensional array is rather a spectrogram
 URL_TIMEOUT_SECONDS = 30
 BLOCK_SAMPLES = 1 << 18
 
+Given = Any  # what a caller may bring: checked here, not by types
+VideoParts = tuple[tuple[Image.Image, ...], tuple[float, ...], np.ndarray | None]  # frames, seconds, sound
+
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", re.ASCII)  # two letters at least: C:\ is a disk
 _JOINERS = "\u200c\u200d"  # scripts and emoji need them between characters; at the ends they say nothing
 _VISIBLE_FORMATS = "\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd"
+_CUT = (av.error.InvalidDataError, av.error.EOFError)  # what ffmpeg says of damaged packets and cut ends
 _EXIF_ORIENTATION = 0x0112
 _EXIF_TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -154,7 +160,7 @@ class LoadedItem:
 
 
 def load_items(
-    items: Iterable[object], options: LoadOptions = _DEFAULTS, errors: str = "raise"
+    items: Iterable[Given], options: LoadOptions = _DEFAULTS, errors: str = "raise"
 ) -> tuple[list[LoadedItem], list[ItemStatus]]:
     """Check, clean and decode a batch.
 
@@ -167,12 +173,13 @@ def load_items(
         The good items, in order (``index`` tells their place), and one status for every item that came.
 
     Raises:
-        ItemsError: bad items, with errors="raise". ValueError: an unknown ``errors``, or no list of items.
+        ItemsError: bad items, with errors="raise". ValueError: an unknown ``errors``.
+        TypeError: one item in place of a list.
     """
     if errors not in ("raise", "skip"):
         raise ValueError(f'errors={errors!r} is unknown; use "raise" or "skip".')
     if isinstance(items, (str, bytes, Mapping, Image.Image, os.PathLike)) or not isinstance(items, Iterable):
-        raise ValueError(f"A list of items is needed, got one {type(items).__name__}; wrap it: [item].")
+        raise TypeError(f"A list of items is needed, got one {type(items).__name__}; wrap it: [item].")
     loaded, statuses, bad = [], [], []
     for index, item in enumerate(items):
         try:
@@ -186,7 +193,7 @@ def load_items(
     return loaded, statuses
 
 
-def load_item(item: object, options: LoadOptions = _DEFAULTS, index: int = 0) -> LoadedItem:
+def load_item(item: Given, options: LoadOptions = _DEFAULTS, index: int = 0) -> LoadedItem:
     """Check, clean and decode one item; the item itself is never changed.
 
     Raises:
@@ -196,11 +203,12 @@ def load_item(item: object, options: LoadOptions = _DEFAULTS, index: int = 0) ->
     blame = partial(_blame, index, item_id)
     texts = _texts(fields, blame)
     images = _images(fields, options, blame) if options.load_vision else ()
-    frames, times, audio = (), (), None
+    media: VideoParts = ((), (), None)
     if "video" in fields:
         with blame("video"):
             own_sound = options.load_audio and options.use_video_audio and "audio" not in fields
-            frames, times, audio = _video(fields["video"], options, own_sound)
+            media = _video(fields["video"], options, own_sound)
+    frames, times, audio = media
     if "audio" in fields and options.load_audio:
         with blame("audio"):
             audio = _sound(fields["audio"], options)
@@ -209,7 +217,7 @@ def load_item(item: object, options: LoadOptions = _DEFAULTS, index: int = 0) ->
     return LoadedItem(index, item_id, texts, images, frames, times, audio)
 
 
-def item_length(item: object) -> int:
+def item_length(item: Given) -> int:
     """A cheap estimate of an item's cost, to sort by without decoding; never raises, bad items may count 0.
 
     Characters of text; a picture (or a frame of a list) counts 500, a video 4000 (8 frames), a sound 1000.
@@ -239,7 +247,7 @@ def _blame(index: int, item_id: str | None, field: str) -> Iterator[None]:
         raise ItemError(index, item_id, field, f"cannot be read ({type(error).__name__}: {error})") from error
 
 
-def _fields_of(item: object, index: int) -> tuple[str | None, dict[str, object]]:
+def _fields_of(item: Given, index: int) -> tuple[str | None, dict[str, Given]]:
     """The item's id and its fields that are not absent; absent are None, empty strings and empty lists."""
     if isinstance(item, str):
         item = {"text": item}
@@ -259,18 +267,34 @@ def _fields_of(item: object, index: int) -> tuple[str | None, dict[str, object]]
     return item_id, {name: item[name] for name in KNOWN_FIELDS[1:] if not _is_absent(item.get(name))}
 
 
-def _is_absent(value: object) -> bool:
+def _images(fields: Mapping[str, Given], options: LoadOptions, blame: partial) -> tuple[Image.Image, ...]:
+    pictures: list[Image.Image] = []
+    for name in ("image", "images"):
+        given = [fields[name]] if name == "image" and name in fields else _as_list(fields.get(name))
+        with blame(name):
+            if len(pictures) + len(given) > options.max_images:
+                raise _Reason(f"{len(pictures) + len(given)} pictures, more than max_images={options.max_images}")
+            for number, value in enumerate(given, 1):
+                try:
+                    pictures.append(_picture(value, options))
+                except _Reason as error:
+                    place = f"picture {number} of {len(given)}: " if len(given) > 1 else ""
+                    raise _Reason(f"{place}{error}") from error
+    return tuple(pictures)
+
+
+def _is_absent(value: Given) -> bool:
     return value is None or (isinstance(value, (str, list, tuple)) and len(value) == 0)
 
 
-def _as_list(value: object) -> list[object]:
+def _as_list(value: Given) -> list[Given]:
     """Lists, tuples and stacks of pictures (N, ...) as they are, nothing as [], anything else as a list of one."""
     if value is None or isinstance(value, (list, tuple)):
         return list(value or ())
     return list(value) if getattr(value, "ndim", 0) == 4 else [value]
 
 
-def _why_nothing(fields: Mapping[str, object], options: LoadOptions) -> str:
+def _why_nothing(fields: Mapping[str, Given], options: LoadOptions) -> str:
     if not fields:
         return f"the item is empty; give at least one of {', '.join(KNOWN_FIELDS[1:])}"
     blind = [] if options.load_vision else ["vision"]
@@ -318,7 +342,7 @@ def _stays(letter: str) -> bool:
     return letter.isspace() or letter in _JOINERS or letter in _VISIBLE_FORMATS or category not in ("Cc", "Cf", "Cs")
 
 
-def _texts(fields: Mapping[str, object], blame: partial) -> dict[str, str]:
+def _texts(fields: Mapping[str, Given], blame: partial) -> dict[str, str]:
     """Cleaned texts, each thing said once.
 
     The unit is a line, or a member of a list of tags. In ``FORMAT_ORDER``, a unit that an earlier unit or an earlier
@@ -341,7 +365,7 @@ def _texts(fields: Mapping[str, object], blame: partial) -> dict[str, str]:
     return texts
 
 
-def _units(name: str, value: object) -> list[str]:
+def _units(name: str, value: Given) -> list[str]:
     if isinstance(value, (list, tuple)) and name == "tags":
         return [clean_text(tag) for tag in value]
     if value is not None and not isinstance(value, str):
@@ -356,10 +380,10 @@ def _key(text: str) -> str:
     return "".join(letter for letter in folded if unicodedata.category(letter)[0] not in "PZ") or folded
 
 
-# ---- where media come from ----
+# ---- where media come from (from here on nothing knows of items; the cut, should this file be split) ----
 
 
-def _source(value: object, options: LoadOptions) -> str | bytes:
+def _source(value: Given, options: LoadOptions) -> str | bytes:
     """The path of a file that exists, or the bytes, of a path, URL, bytes, open file or {"bytes", "path"}."""
     if isinstance(value, Mapping):
         if not set(value) <= {"bytes", "path"} or all(value[key] is None for key in value):
@@ -402,8 +426,12 @@ def _fetch(url: str, options: LoadOptions) -> bytes:
         raise _Reason(f"URLs are refused unless allow_urls=True: {_short(url)}")
     if not url.lower().startswith(("http://", "https://")):
         raise _Reason(f"only http and https URLs can be fetched: {_short(url)}")
-    with urllib.request.urlopen(url, timeout=URL_TIMEOUT_SECONDS) as answer:
-        data = answer.read(MAX_URL_BYTES + 1)
+    try:
+        with urllib.request.urlopen(url, timeout=URL_TIMEOUT_SECONDS) as answer:
+            data = answer.read(MAX_URL_BYTES + 1)
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise _Reason(f"the server answers {error.code} ({error.reason}) for {_short(url)}") from error
     if len(data) > MAX_URL_BYTES:
         raise _Reason(f"more than {MAX_URL_BYTES} bytes behind {_short(url)}; download it first")
     return _not_empty(data)
@@ -417,11 +445,11 @@ def _opened(source: str | bytes) -> BinaryIO:
     return open(source, "rb") if isinstance(source, str) else io.BytesIO(source)
 
 
-def _is_array(value: object) -> bool:
+def _is_array(value: Given) -> bool:
     return hasattr(value, "__array__") or hasattr(value, "numpy")
 
 
-def _array(value: object) -> np.ndarray:
+def _array(value: Given) -> np.ndarray:
     """Any array; tensors by duck typing, so that this file needs no torch."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
@@ -431,23 +459,7 @@ def _array(value: object) -> np.ndarray:
 # ---- pictures ----
 
 
-def _images(fields: Mapping[str, object], options: LoadOptions, blame: partial) -> tuple[Image.Image, ...]:
-    pictures = []
-    for name in ("image", "images"):
-        given = [fields[name]] if name == "image" and name in fields else _as_list(fields.get(name))
-        with blame(name):
-            if len(pictures) + len(given) > options.max_images:
-                raise _Reason(f"{len(pictures) + len(given)} pictures, more than max_images={options.max_images}")
-            for number, value in enumerate(given, 1):
-                try:
-                    pictures.append(_picture(value, options))
-                except _Reason as error:
-                    place = f"picture {number} of {len(given)}: " if len(given) > 1 else ""
-                    raise _Reason(f"{place}{error}") from error
-    return tuple(pictures)
-
-
-def _picture(value: object, options: LoadOptions) -> Image.Image:
+def _picture(value: Given, options: LoadOptions) -> Image.Image:
     """One RGB picture: upright by its EXIF orientation, on white where transparent, the first frame if animated.
 
     Arrays: uint8, uint16 or float in [0, 1]; (H, W), (H, W, C) or (C, H, W) with C in 1, 3, 4; channels last wins.
@@ -475,7 +487,7 @@ def _rgb(image: Image.Image, options: LoadOptions) -> Image.Image:
         raise _Reason(f"the picture is truncated or damaged ({error})") from error
     if getattr(image, "_ended", False):  # a JPEG that PIL completed because somebody set LOAD_TRUNCATED_IMAGES
         raise _Reason("the picture is truncated")
-    turn = _EXIF_TURNS.get(_orientation(image))
+    turn = _EXIF_TURNS.get(_orientation(image) or 1)
     if image.mode.startswith("I"):  # 16 bits, which PIL's convert would clip; 32 bits hold 16 or 8
         deep = np.asarray(image).clip(0, 65_535)
         image = _array_picture(deep.astype(np.uint16 if image.mode != "I" or deep.max() > 255 else np.uint8))
@@ -524,9 +536,7 @@ def _array_picture(array: np.ndarray) -> Image.Image:
 # ---- videos ----
 
 
-def _video(
-    value: object, options: LoadOptions, own_sound: bool
-) -> tuple[tuple[Image.Image, ...], tuple[float, ...], np.ndarray | None]:
+def _video(value: Given, options: LoadOptions, own_sound: bool) -> VideoParts:
     """Frames, their seconds, and the video's own sound or None.
 
     A list of pictures or a (T, H, W, C) array is a silent video one second a frame; animated WebP, GIF and PNG are
@@ -581,7 +591,11 @@ def _animation_frames(source: str | bytes, options: LoadOptions) -> dict[float, 
 def _container(source: str | bytes) -> Iterator[av.container.InputContainer]:
     # Opened by us, with every protocol closed to ffmpeg: a playlist in disguise could otherwise open files and URLs.
     with _opened(source) as file:
-        with av.open(file, options={"protocol_whitelist": "none"}, metadata_errors="ignore") as container:
+        try:
+            container: Any = av.open(file, options={"protocol_whitelist": "none"}, metadata_errors="ignore")
+        except _CUT as error:
+            raise _Reason(f"is no sound or video that ffmpeg can read, or is cut short ({error.strerror})") from error
+        with container:
             yield container
 
 
@@ -590,7 +604,7 @@ def _video_stream(
     source: str | bytes, options: LoadOptions
 ) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     with _container(source) as container:
-        stream = container.streams.best("video")
+        stream: Any = container.streams.best("video")
         if stream is None or stream.disposition & av.stream.Disposition.attached_pic:  # a song's cover is no video
             raise _Reason("there is no video stream in it; give a sound as audio")
         if stream.width * stream.height:  # a truncated file may not know its size: then no frame will come
@@ -598,12 +612,12 @@ def _video_stream(
         yield container, stream
 
 
-def _decoded(container: av.container.InputContainer, stream: av.stream.Stream) -> Iterator[av.frame.Frame]:
+def _decoded(container: av.container.InputContainer, stream: av.stream.Stream) -> Iterator[Any]:
     """Frames in order. Damaged packets are passed over and a cut end ends it, as in a player."""
     for packet in _packets(container, stream):
         try:
             frames = packet.decode()
-        except (av.error.InvalidDataError, av.error.EOFError):
+        except _CUT:
             continue
         yield from frames
 
@@ -612,7 +626,7 @@ def _seek_frames(source: str | bytes, options: LoadOptions) -> dict[float, Image
     """{seconds: frame on screen at the centre of an equal part of the duration}; too few where seeking fails."""
     frames: dict[float, Image.Image] = {}
     with _video_stream(source, options) as (container, stream):
-        tick = stream.time_base
+        tick = _tick(stream)
         length = stream.duration * tick if stream.duration else (container.duration or 0) / av.time_base
         start = (stream.start_time or 0) * tick
         for part in range(options.num_frames if length > 0 else 0):
@@ -622,12 +636,16 @@ def _seek_frames(source: str | bytes, options: LoadOptions) -> dict[float, Image
             except av.error.FFmpegError:
                 break
             frame = _frame_at(container, stream, target)
-            if frame is None:
+            if frame is None or frame.pts is None:
                 break
             seconds = float(frame.pts * tick - start)
             if seconds not in frames:
                 frames[seconds] = _upright(frame)
     return frames
+
+
+def _tick(stream: av.VideoStream) -> Fraction:
+    return stream.time_base or Fraction(1, av.time_base)
 
 
 def _frame_at(container: av.container.InputContainer, stream: av.VideoStream, target: int) -> av.VideoFrame | None:
@@ -647,7 +665,7 @@ def _stream_frames(source: str | bytes, options: LoadOptions) -> dict[float, Ima
     wanted = set(_centres(total, options.num_frames))
     frames: dict[float, Image.Image] = {}
     with _video_stream(source, options) as (container, stream):
-        start = float((stream.start_time or 0) * stream.time_base)
+        start = float((stream.start_time or 0) * _tick(stream))
         rate = float(stream.average_rate or 1)
         for place, frame in enumerate(_decoded(container, stream)):
             if place in wanted:
@@ -661,7 +679,7 @@ def _stream_frames(source: str | bytes, options: LoadOptions) -> dict[float, Ima
 def _packets(container: av.container.InputContainer, stream: av.stream.Stream) -> Iterator[av.Packet]:
     try:
         yield from container.demux(stream)
-    except (av.error.InvalidDataError, av.error.EOFError):
+    except _CUT:
         return
 
 
@@ -673,7 +691,7 @@ def _upright(frame: av.VideoFrame) -> Image.Image:
 # ---- sounds ----
 
 
-def _sound(value: object, options: LoadOptions) -> np.ndarray:
+def _sound(value: Given, options: LoadOptions) -> np.ndarray:
     """(S,) float32 at the wanted rate, from a path, bytes, (array, hz) or {"array", "sampling_rate"}.
 
     Arrays: (S,), (S, C) or (C, S), the smaller side being the channels (a tie is (S, C)); channels are averaged,
@@ -684,21 +702,22 @@ def _sound(value: object, options: LoadOptions) -> np.ndarray:
             raise _Reason(f'a sound\'s dict is {{"array", "sampling_rate"}}, got {sorted(map(str, value))}')
         value = (value["array"], value["sampling_rate"])
     if isinstance(value, (tuple, list)) and len(value) == 2:
-        return _sound_of_array(*value, options)
+        return _sound_of_array(value[0], value[1], options)
     if _is_array(value) or isinstance(value, (tuple, list)):
         raise _Reason('an array alone does not tell its rate; give (array, hz) or {"array", "sampling_rate"}')
     source = _source(value, options)
     try:
         samples, rate = _read_soundfile(source, options.max_audio_seconds)
     except (soundfile.SoundFileError, TypeError):  # TypeError: a name that ends in .raw
-        samples, rate = _read_track(source, options.max_audio_seconds) or (None, 0)
-        if samples is None:
+        track = _read_track(source, options.max_audio_seconds)
+        if track is None:
             raise _Reason("there is no sound in it") from None
+        samples, rate = track
     return _resampled(samples, rate, options)
 
 
-def _sound_of_array(array: object, rate: object, options: LoadOptions) -> np.ndarray:
-    if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not (math.isfinite(rate) and rate > 0):
+def _sound_of_array(array: Given, rate: Given, options: LoadOptions) -> np.ndarray:
+    if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 < float(rate) < math.inf:
         got = f"{rate!r}" if isinstance(rate, numbers.Number) else f"a {type(rate).__name__}"
         raise _Reason(f"the sampling rate must be a number of hz above 0, got {got}; give (array, hz)")
     array = _array(array)
@@ -708,8 +727,8 @@ def _sound_of_array(array: object, rate: object, options: LoadOptions) -> np.nda
         array = array.T  # (S, C)
     if array.ndim not in (1, 2) or (array.ndim == 2 and array.shape[1] > MAX_CHANNELS):
         raise _Reason(f"a sound's array is (S,), (S, C) or (C, S), at most {MAX_CHANNELS} channels; got {array.shape}")
-    samples = _scaled(array[: math.ceil(options.max_audio_seconds * rate)])
-    return _resampled(samples if samples.ndim == 1 else samples.mean(axis=1), rate, options)
+    samples = _scaled(array[: math.ceil(options.max_audio_seconds * float(rate))])
+    return _resampled(samples if samples.ndim == 1 else samples.mean(axis=1), float(rate), options)
 
 
 def _scaled(array: np.ndarray) -> np.ndarray:

@@ -15,8 +15,9 @@ import pytest
 import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 
+from modeling_sail import items_sail
 from modeling_sail.items_sail import (
     FORMAT_ORDER,
     IMPORTANCE_ORDER,
@@ -56,13 +57,18 @@ def sound_bytes(samples: np.ndarray, hz: int, kind: str = "WAV", **options: obje
 
 
 def video_bytes(
-    grays: list[int], fps: int = 8, kind: str = "mp4", codec: str = "mpeg4", sound: np.ndarray | None = None, gop: int = 12
+    grays: list[int],
+    fps: int = 8,
+    kind: str = "mp4",
+    codec: str = "mpeg4",
+    sound: np.ndarray | None = None,
+    gop: int = 12,
 ) -> bytes:
     """A video whose frames are plain gray, so that a frame tells which one it is; ``sound`` is (S,) at 16 kHz."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=kind) as container:
         stream = container.add_stream(codec, rate=fps, options={"g": str(gop)})
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 48, "yuv420p", 8_000_000
         track = None if sound is None else container.add_stream("aac", rate=HZ, layout="mono")
         for gray in grays:
             frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), gray, np.uint8), format="rgb24")
@@ -125,7 +131,13 @@ def test_a_bare_string_is_a_text_and_a_pil_image_an_image() -> None:
 def test_none_empty_strings_and_empty_lists_are_absent_fields() -> None:
     item = {"id": 3, "title": "tea", "ocr": "", "tags": [], "images": [], "image": None, "audio": None, "video": []}
     loaded = load_item(item)
-    assert (loaded.id, loaded.texts, loaded.images, loaded.frames, loaded.audio) == ("3", {"title": "tea"}, (), (), None)
+    assert (loaded.id, loaded.texts, loaded.images, loaded.frames, loaded.audio) == (
+        "3",
+        {"title": "tea"},
+        (),
+        (),
+        None,
+    )
 
 
 @given(st.text(st.characters(codec=None)))
@@ -321,8 +333,6 @@ def test_transparent_palettes_and_sixteen_bit_files_keep_their_look() -> None:
 
 @pytest.mark.parametrize("number", range(1, 9))
 def test_exif_orientation_is_applied_as_pil_does(number: int) -> None:
-    from PIL import ImageOps
-
     pixels = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
     exif = Image.Exif()
     exif[0x0112] = number
@@ -383,7 +393,13 @@ def test_channels_are_averaged_and_are_the_smaller_side(shape: str) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "value", "expected"),
-    [("int16", 16384, 0.5), ("int32", -(2**30), -0.5), ("uint8", 192, 0.5), ("float64", 0.5, 0.5), ("float16", 0.5, 0.5)],
+    [
+        ("int16", 16384, 0.5),
+        ("int32", -(2**30), -0.5),
+        ("uint8", 192, 0.5),
+        ("float64", 0.5, 0.5),
+        ("float16", 0.5, 0.5),
+    ],
 )
 def test_integer_samples_are_scaled_by_their_full_scale(dtype: str, value: float, expected: float) -> None:
     assert np.allclose(load_item({"audio": (np.full(100, value, dtype), HZ)}).audio, expected)
@@ -417,7 +433,9 @@ def test_a_long_sound_is_cut_to_its_bound_in_every_form() -> None:
 # ---- videos ----
 
 
-@pytest.mark.parametrize(("kind", "codec"), [("mp4", "mpeg4"), ("mp4", "libx264"), ("matroska", "mpeg4"), ("mpegts", "mpeg4")])
+@pytest.mark.parametrize(
+    ("kind", "codec"), [("mp4", "mpeg4"), ("mp4", "libx264"), ("matroska", "mpeg4"), ("mpegts", "mpeg4")]
+)
 @pytest.mark.parametrize("gop", [1, 12, 1000])
 def test_frames_are_the_centres_of_equal_parts(kind: str, codec: str, gop: int) -> None:
     if codec not in av.codecs_available:
@@ -441,15 +459,13 @@ def test_a_video_comes_in_every_form(tmp_path: Path) -> None:
 
 
 def test_a_video_with_few_frames_gives_each_of_them_once() -> None:
-    for kind in ("mp4", "matroska", "mpegts"):
+    for kind in ("mp4", "matroska", "avi"):
         item = load_item({"video": video_bytes([20, 120, 220], kind=kind)})
         assert np.abs(np.subtract(grays_of(item), [20, 120, 220])).max() < 4
         assert list(item.frame_times) == sorted(set(item.frame_times))
 
 
 def test_only_the_chosen_frames_are_turned_into_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    from modeling_sail import items_sail
-
     made, decoded, upright, decode = [], [], items_sail._upright, items_sail._decoded
     monkeypatch.setattr(items_sail, "_upright", lambda frame: made.append(1) or upright(frame))
 
@@ -570,7 +586,7 @@ BAD_ITEMS = {
     "float range": ({"id": "a", "image": np.full((4, 4), 255.0)}, "image", "[0, 1]"),
     "int picture": ({"id": "a", "image": np.zeros((4, 4), np.int64)}, "image", "got int64"),
     "flat picture": ({"id": "a", "image": np.zeros(4, np.uint8)}, "image", "got (4,)"),
-    "two channels": ({"id": "a", "image": np.zeros((4, 5, 2), np.uint8)}, "image", "got (4, 5, 2)"),
+    "two channels": ({"id": "a", "image": np.zeros((6, 5, 2), np.uint8)}, "image", "got (6, 5, 2)"),
     "no pixels": ({"id": "a", "image": np.zeros((0, 4, 3), np.uint8)}, "image", "got (0, 4, 3)"),
     "zero-length": ({"id": "a", "audio": (np.zeros(0, np.float32), HZ)}, "audio", "zero length"),
     "nan sound": ({"id": "a", "audio": (np.array([0, np.nan], np.float32), HZ)}, "audio", "NaN"),
@@ -587,8 +603,8 @@ BAD_ITEMS = {
     "spectrogram": ({"id": "a", "audio": (np.zeros((80, 300)), HZ)}, "audio", "32 channels"),
     "cube sound": ({"id": "a", "audio": (np.zeros((2, 3, 4)), HZ)}, "audio", "(2, 3, 4)"),
     "ragged sound": ({"id": "a", "audio": ([[0.0], [0.0, 1.0]], HZ)}, "audio", "ValueError"),
-    "no sound": ({"id": "a", "audio": b"nonsense"}, "audio", "InvalidDataError"),
-    "no video": ({"id": "a", "video": b"nonsense"}, "video", "InvalidDataError"),
+    "no sound": ({"id": "a", "audio": b"nonsense"}, "audio", "Invalid data"),
+    "no video": ({"id": "a", "video": b"nonsense"}, "video", "Invalid data"),
     "bad frame": ({"id": "a", "video": [picture(), "/no/such.png"]}, "video", "no such file"),
 }
 
@@ -656,9 +672,9 @@ def test_a_video_without_pictures_or_frames_is_an_error() -> None:
     data = video_bytes([20] * 32)
     for cut in (16, 100, len(data) // 2):
         assert reason_of({"id": "a", "video": data[:cut]}, "video")
-    cut = video_bytes([20] * 32, kind="matroska")
-    header = cut.find(b"\x1f\x43\xb6\x75")  # the first cluster: all that is before it holds no frame
-    assert "no frame" in reason_of({"id": "a", "video": cut[:header]}, "video")
+    start, end = data.index(b"mdat") + 4, data.index(b"moov") - 4
+    blank = data[:start] + bytes(end - start) + data[end:]
+    assert "no frame" in reason_of({"id": "a", "video": blank}, "video")
 
 
 @given(st.binary(min_size=1, max_size=200), st.sampled_from(["image", "audio", "video"]), st.integers(0, 400))
@@ -678,8 +694,6 @@ def small_video() -> bytes:
 
 
 def test_running_out_of_memory_and_interrupts_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    from modeling_sail import items_sail
-
     for kind in (MemoryError, KeyboardInterrupt):
 
         def fail(*_: object, kind: type[BaseException] = kind) -> None:
@@ -736,7 +750,9 @@ def test_skip_gives_the_good_items_as_a_run_without_the_bad_ones(choice: list[in
     assert all(same(one, other) for one, other in zip(loaded, alone, strict=True))
     for status, name in zip(statuses, choice, strict=True):
         if isinstance(name, str):
-            assert status.status == "error" and status.field == BAD_ITEMS[name][1] and BAD_ITEMS[name][2] in status.reason
+            assert (
+                status.status == "error" and status.field == BAD_ITEMS[name][1] and BAD_ITEMS[name][2] in status.reason
+            )
         else:
             assert (status.status, status.field, status.reason) == ("ok", "", "")
 
@@ -747,7 +763,7 @@ def test_an_empty_batch_is_empty() -> None:
 
 @pytest.mark.parametrize("items", ["tea", {"title": "tea"}, picture(), Path("x"), b"x", 3, None])
 def test_one_item_in_place_of_a_list_is_a_mistake_of_the_caller(items: object) -> None:
-    with pytest.raises(ValueError, match=r"wrap it: \[item\]"):
+    with pytest.raises(TypeError, match=r"wrap it: \[item\]"):
         load_items(items)
 
 
@@ -783,8 +799,6 @@ def server() -> Iterator[tuple[str, list[str]]]:
 
 
 def test_urls_are_fetched_only_when_allowed(server: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    from modeling_sail import items_sail
-
     monkeypatch.setenv("no_proxy", "*")
     url, asked = server
     assert "allow_urls=True" in reason_of({"id": "a", "image": f"{url}/a.png"}, "image") and not asked

@@ -1,0 +1,111 @@
+"""The command line, `sail ...`: build, encode, search, demo. It imports everything; nothing imports it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .configuration_sail import PRESETS
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; a caller's mistake is one line on stderr and exit status 2, not a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    args = _parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace], None] = args.run
+    try:
+        run(args)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"sail {args.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sail", description="Omni-modal item embeddings: SAIL-Embedding.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="build|encode|search|demo")
+
+    build = commands.add_parser("build", help="put a preset together as a folder in Hub format")
+    build.add_argument("--preset", choices=sorted(PRESETS), required=True)
+    build.add_argument("--out", type=Path, required=True)
+    for tower in ("text", "vision", "audio"):
+        build.add_argument(f"--{tower}", help=f"another {tower} tower: Hub id, folder or pinned name")
+    build.add_argument("--seed", type=int, default=0, help="of new weights")
+    build.set_defaults(run=_build)
+
+    encode = commands.add_parser("encode", help="embed a JSONL file or a folder of items into Parquet")
+    encode.add_argument("source", type=Path, metavar="ITEMS.jsonl|FOLDER")
+    encode.add_argument("--model", type=Path, required=True)
+    encode.add_argument("--out", type=Path, required=True, metavar="X.parquet")
+    encode.add_argument("--task", default="q2i", help="task family of the instruction; 'none' for no instruction")
+    encode.add_argument("--side", default="target", choices=("query", "target"))
+    encode.add_argument("--dim", type=int, help="keep this many leading dimensions")
+    encode.set_defaults(run=_encode)
+
+    search = commands.add_parser("search", help="nearest items of an encoded Parquet file")
+    search.add_argument("--index", type=Path, required=True, metavar="X.parquet")
+    search.add_argument("--model", type=Path, required=True)
+    for field in ("text", "image", "audio", "video"):
+        search.add_argument(f"--{field}", help="the query, or a part of it")
+    search.add_argument("--task", default="q2i", help="task family of the instruction; 'none' for no instruction")
+    search.add_argument("--top", type=int, default=10)
+    search.set_defaults(run=_search)
+
+    demo = commands.add_parser("demo", help="search Tux Paint by word, picture and speech; one HTML page")
+    demo.add_argument("--model", type=Path, required=True)
+    demo.add_argument("--out", type=Path, required=True, metavar="PAGE.html|FOLDER")
+    demo.add_argument("--subset", type=int, help="only so many items")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+# Each command imports what it needs when it runs: building must not need FAISS, nor searching the training packages.
+
+
+def _build(args: argparse.Namespace) -> None:
+    from .training.build import build
+
+    towers = {name: getattr(args, name) for name in ("text", "vision", "audio") if getattr(args, name)}
+    model, _ = build(args.preset, args.out, towers=towers or None, seed=args.seed)
+    print(f"{args.out}: {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f}M parameters")
+
+
+def _encode(args: argparse.Namespace) -> None:
+    from .encode_job import encode_to_parquet, load_module
+
+    module = load_module(args.model)
+    instruction = module.processor.instruction_for(_task(args.task), args.side)
+    counts = encode_to_parquet(module, args.source, args.out, instruction=instruction, truncate_dim=args.dim)
+    print(f"{args.out}: {counts['ok']} ok, {counts['error']} error")
+
+
+def _search(args: argparse.Namespace) -> None:
+    from .encode_job import load_module
+    from .index import load_index, search
+
+    query = {field: value for field in ("text", "image", "audio", "video") if (value := getattr(args, field))}
+    if not query:
+        raise ValueError("give a query: --text, --image, --audio or --video")
+    index = load_index(args.index)
+    module = load_module(args.model)
+    instruction = module.processor.instruction_for(_task(args.task), "query")
+    for place, (name, score) in enumerate(search(module, index, [query], instruction, args.top)[0], start=1):
+        print(f"{place:3d}  {score:.4f}  {name}")
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from .demo import make_demo
+
+    page = make_demo(args.model, args.out, args.subset)
+    print(f"{page}: open it in a browser")
+
+
+def _task(name: str) -> str | None:
+    return None if name.lower() == "none" else name
+
+
+if __name__ == "__main__":
+    sys.exit(main())
