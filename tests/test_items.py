@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 
-from modeling_sail import items_sail
+from modeling_sail import items_sail, media_sail
 from modeling_sail.items_sail import (
     FORMAT_ORDER,
     IMPORTANCE_ORDER,
@@ -466,15 +466,15 @@ def test_a_video_with_few_frames_gives_each_of_them_once() -> None:
 
 
 def test_only_the_chosen_frames_are_turned_into_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, decoded, upright, decode = [], [], items_sail._upright, items_sail._decoded
-    monkeypatch.setattr(items_sail, "_upright", lambda frame: made.append(1) or upright(frame))
+    made, decoded, upright, decode = [], [], media_sail._upright, media_sail._decoded
+    monkeypatch.setattr(media_sail, "_upright", lambda frame: made.append(1) or upright(frame))
 
     def counting(*arguments: object) -> Iterator[object]:
         for frame in decode(*arguments):
             decoded.append(1)
             yield frame
 
-    monkeypatch.setattr(items_sail, "_decoded", counting)
+    monkeypatch.setattr(media_sail, "_decoded", counting)
     assert len(load_item({"video": long_video()}, LoadOptions(num_frames=4)).frames) == 4
     assert len(made) == 4 and len(decoded) <= 4 * 14, "it sought instead of decoding all 160 frames"
 
@@ -699,7 +699,7 @@ def test_running_out_of_memory_and_interrupts_pass(monkeypatch: pytest.MonkeyPat
         def fail(*_: object, kind: type[BaseException] = kind) -> None:
             raise kind
 
-        monkeypatch.setattr(items_sail, "_picture", fail)
+        monkeypatch.setattr(items_sail, "load_picture", fail)
         with pytest.raises(kind):
             load_items([picture()], errors="skip")
 
@@ -807,7 +807,7 @@ def test_urls_are_fetched_only_when_allowed(server: tuple[str, list[str]], monke
     assert "404" in reason_of({"id": "a", "image": f"{url}/missing"}, "image", allowed)
     for other in ("ftp://x/a.png", "file:///etc/passwd", "data:image/png;base64,AA", "s3://x/a"):
         assert "only http and https" in reason_of({"id": "a", "image": other}, "image", allowed)
-    monkeypatch.setattr(items_sail, "MAX_URL_BYTES", 10)
+    monkeypatch.setattr(media_sail, "MAX_URL_BYTES", 10)
     assert "more than 10 bytes" in reason_of({"id": "a", "image": f"{url}/a.png"}, "image", allowed)
 
 

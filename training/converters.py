@@ -1,7 +1,7 @@
-"""Foreign checkpoints to standard transformers modules: CTranslate2 -> Whisper's encoder, EfficientNet-lite0 -> EfficientNet.
+"""Foreign checkpoints to standard transformers modules: CTranslate2 to Whisper's encoder, lite0 to EfficientNet.
 
-Room: training; used by towers. Pure functions of bytes and state dicts. Unusual: EfficientNet's squeeze-excite gates, which
-lite0 does not have, are held at exactly 1 by their bias, so that no class of our own is needed.
+Room: training; used by towers. Pure functions of bytes and state dicts. Unusual: EfficientNet's squeeze-excite gates,
+which lite0 does not have, are held at exactly 1 by their bias, so that no class of our own is needed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ OPEN_GATE = 100.0
 # CTranslate2's DataType; bfloat16 (5) has no numpy type and none of our packages has it.
 CT2_DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
 
-# --- CTranslate2 ---------------------------------------------------------------------------------------------------------
+# --- CTranslate2 ------------------------------------------------------------------------------------------------------
 
 
 class _Reader:
@@ -33,7 +33,9 @@ class _Reader:
     def take(self, size: int) -> memoryview:
         end = self.offset + size
         if end > len(self.data):
-            raise ValueError(f"CTranslate2 file ends at byte {len(self.data)}, {end - len(self.data)} too early: cut off?")
+            raise ValueError(
+                f"CTranslate2 file ends at byte {len(self.data)}, {end - len(self.data)} too early: cut off?"
+            )
         part, self.offset = self.data[self.offset : end], end
         return part
 
@@ -46,7 +48,7 @@ class _Reader:
 
 
 def parse_ctranslate2(data: bytes) -> dict[str, np.ndarray]:
-    """Variables of a CTranslate2 ``model.bin``, format versions 4 to 6 (ctranslate2/specs/model_spec.py, ``_serialize``).
+    """Variables of a CTranslate2 ``model.bin``, versions 4 to 6 (ctranslate2/specs/model_spec.py, ``_serialize``).
 
     Layout: version, spec name, revision, count, then per variable: name, rank, dims, dtype, bytes; then aliases.
 
@@ -83,7 +85,7 @@ def _read_array(reader: _Reader, name: str) -> np.ndarray:
     return np.frombuffer(reader.take(size), dtype=CT2_DTYPES[code]).reshape(shape)
 
 
-# --- Whisper -------------------------------------------------------------------------------------------------------------
+# --- Whisper ----------------------------------------------------------------------------------------------------------
 
 
 def whisper_encoder_from_ctranslate2(variables: Mapping[str, np.ndarray]) -> WhisperEncoder:
@@ -150,7 +152,9 @@ def whisper_encoder_state(variables: Mapping[str, np.ndarray]) -> dict[str, Tens
 def _float(variables: Mapping[str, np.ndarray], name: str) -> Tensor:
     array = variables[name]
     if array.dtype.kind != "f":
-        raise ValueError(f"{name} is {array.dtype}: quantised CTranslate2 models are not supported, take a float16 one.")
+        raise ValueError(
+            f"{name} is {array.dtype}: quantised CTranslate2 models are not supported, take a float16 one."
+        )
     return torch.from_numpy(array.astype(np.float32))
 
 
@@ -163,11 +167,11 @@ def _norm(variables: Mapping[str, np.ndarray], source: str, target: str) -> dict
     return {f"{target}.{ours}": _float(variables, f"{source}/{theirs}") for ours, theirs in names.items()}
 
 
-# --- EfficientNet-lite0 --------------------------------------------------------------------------------------------------
+# --- EfficientNet-lite0 -----------------------------------------------------------------------------------------------
 
 
 def lite0_config() -> EfficientNetConfig:
-    """EfficientNet-lite0: B0 with relu6 and without squeeze-excite; here its gates are the narrowest there are, and open."""
+    """EfficientNet-lite0: B0 with relu6 and no squeeze-excite; here the gates are as narrow as can be, and open."""
     return EfficientNetConfig(
         image_size=224,
         width_coefficient=1.0,
@@ -179,7 +183,9 @@ def lite0_config() -> EfficientNetConfig:
     )
 
 
-def lite0_from_checkpoint(checkpoint: Mapping[str, Tensor], config: EfficientNetConfig | None = None) -> EfficientNetModel:
+def lite0_from_checkpoint(
+    checkpoint: Mapping[str, Tensor], config: EfficientNetConfig | None = None
+) -> EfficientNetModel:
     """The trunk of an EfficientNet-lite checkpoint in the names of efficientnet_lite_pytorch, as `EfficientNetModel`.
 
     Args:

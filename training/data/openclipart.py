@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 import re
-import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 from ..packages import extract_package
 from .pictures import is_picture, log_counts, require_folder

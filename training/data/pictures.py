@@ -1,4 +1,4 @@
-"""What the datasets share: is a file a picture, is it a sound, drawings to pictures, a log line for what was skipped."""
+"""What the datasets share: is a file a picture, is it a sound, drawings to pictures, a log line for what is skipped."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Tux Paint's stamps: a picture, its name in up to 80 languages, the name spoken in some, sometimes the thing's own sound.
+"""Tux Paint's stamps: a picture, its name in up to 80 languages, the name spoken in some, at times its own sound.
 
-Source: Debian's tuxpaint-stamps-default, ``stamps/<category>/<item>.png .txt .ogg _desc_<language>.ogg``. Licence: GPL-2 or
-later; download it, never commit it. Unusual: the split is by English name, so no test name is seen in training.
+Source: Debian's tuxpaint-stamps-default, ``stamps/<category>/<item>.png .txt .ogg _desc_<language>.ogg``.
+Licence: GPL-2
+or later; download it, never commit it. Unusual: the split is by English name, so no test name is seen in training.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def load_tuxpaint(root: str | Path | None = None) -> list[dict[str, Any]]:
         root: the ``stamps`` folder, or the folder in which the package was unpacked; None fetches it.
 
     Returns:
-        Rows ``{"id", "category", "names": {language: text}, "image": path, "speech": {language: path}, "effect": path or
-        None}``; paths are strings.
+        Rows ``{"id", "category", "names": {language: text}, "image": path, "speech": {language: path}, "effect": path
+        or None}``; paths are strings.
 
     Raises:
         FileNotFoundError: no such folder. RuntimeError: it cannot be fetched.
@@ -58,7 +59,7 @@ def _row(text: Path, folder: Path) -> tuple[str, dict[str, Any] | None]:
         drawing = text.with_suffix(".svg")
         if not drawing.is_file():
             return "without a picture", None
-        image = rendered(drawing, cache_root() / "rendered" / "tuxpaint" / text.relative_to(folder).with_suffix(".png"))
+        image = rendered(drawing, _cache_of(folder) / text.relative_to(folder).with_suffix(".png"))
     if not is_picture(image):
         return "with a broken or huge picture", None
     names = read_names(text)
@@ -74,6 +75,13 @@ def _row(text: Path, folder: Path) -> tuple[str, dict[str, Any] | None]:
         "speech": _speech(text),
         "effect": str(effects[0]) if effects else None,
     }
+
+
+def _cache_of(folder: Path) -> Path:
+    """Where the drawings of a tree are rendered to; another tree than the fetched one has a place of its own."""
+    fetched = cache_root() in folder.parents
+    name = "tuxpaint" if fetched else f"tuxpaint-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]}"
+    return cache_root() / "rendered" / name
 
 
 def read_names(text: Path) -> dict[str, str]:
@@ -96,13 +104,15 @@ def _speech(text: Path) -> dict[str, str]:
     return {match[1] or "en": str(path) for match, path in matches if match and is_sound(path)}
 
 
-# --- split ---------------------------------------------------------------------------------------------------------------
+# --- split ------------------------------------------------------------------------------------------------------------
 
 
 def name_key(name: str) -> str:
     """A name without case, punctuation, leading English article and surplus blanks: "A cat." and "cat" are one name."""
     folded = unicodedata.normalize("NFKC", name).casefold()
-    words = "".join(letter if letter.isalnum() or unicodedata.category(letter)[0] == "M" else " " for letter in folded).split()
+    words = "".join(
+        letter if letter.isalnum() or unicodedata.category(letter)[0] == "M" else " " for letter in folded
+    ).split()
     if len(words) > 1 and words[0] in ("a", "an", "the"):
         words = words[1:]
     return " ".join(words) or folded.strip()  # a name of nothing but punctuation is itself

@@ -1,0 +1,1 @@
+"""Evaluation of SAIL-Embedding models; imported as `modeling_sail.evaluation`."""

@@ -1,0 +1,1 @@
+"""Training of SAIL-Embedding models; imported as `modeling_sail.training`."""
