@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, WhisperFeatureExtractor
@@ -22,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from ..configuration_sail import SailEmbeddingConfig, preset_config
 from ..modeling_sail import SailEmbeddingModel
 from ..processing_sail import SailEmbeddingProcessor
-from .towers import load_audio_tower, load_text_tower, load_vision_tower
+from .towers import load_audio_tower, load_text_tower, load_vision_tower, pil_image_processor
 
 logger = logging.getLogger(__name__)
 
@@ -228,11 +227,6 @@ def build_tiny(**options: Any) -> tuple[SailEmbeddingModel, SailEmbeddingProcess
     extractor = WhisperFeatureExtractor(feature_size=16, chunk_length=1)
     processor = make_processor(config, tiny_tokenizer(), image_processor, extractor, max_tokens=256, frames_per_video=4)
     return SailEmbeddingModel(config).eval(), processor
-
-
-def pil_image_processor(name: str, **options: Any) -> Any:  # noqa: ANN401
-    """An image processor of transformers on PIL: newer versions call it ``<name>Pil`` and default to torchvision."""
-    return (getattr(transformers, f"{name}Pil", None) or getattr(transformers, name))(**options)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -27,7 +28,6 @@ from transformers import (
 )
 from transformers.feature_extraction_utils import FeatureExtractionMixin
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.models.efficientnet.image_processing_pil_efficientnet import EfficientNetImageProcessorPil
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from .converters import lite0_from_checkpoint, parse_ctranslate2, whisper_encoder_from_ctranslate2
@@ -116,13 +116,19 @@ def lite0_checkpoint() -> dict[str, Tensor]:
     return torch.load(data, map_location="cpu", weights_only=True)
 
 
-def lite0_image_processor() -> EfficientNetImageProcessorPil:
+def pil_image_processor(name: str, **options: Any) -> BaseImageProcessor:
+    """An image processor of transformers on PIL: newer versions call it ``<name>Pil`` and default to torchvision."""
+    return (getattr(transformers, f"{name}Pil", None) or getattr(transformers, name))(**options)
+
+
+def lite0_image_processor() -> BaseImageProcessor:
     """(x - 127) / 128 of the whole picture at 224 x 224.
 
     ImageNet's evaluation crops the centre out of 256 pixels. Clip-art, covers and emoji fill their canvas, and a crop
     would take their edges; so the whole picture is resized.
     """
-    return EfficientNetImageProcessorPil(
+    return pil_image_processor(
+        "EfficientNetImageProcessor",
         size={"height": 224, "width": 224},
         do_center_crop=False,
         rescale_factor=1 / 255,

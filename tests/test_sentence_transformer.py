@@ -1,0 +1,141 @@
+"""The folder works for a stranger: in a process that cannot import modeling_sail, and with sentence-transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from modeling_sail.processing_sail import SailEmbeddingProcessor
+from sentence_transformers import SentenceTransformer
+
+from .conftest import seven_items
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_folder) -> SentenceTransformer:
+    return SentenceTransformer(str(tiny_folder), trust_remote_code=True, device="cpu")
+
+
+def run_without_package(code: str, folder, tmp_path) -> str:
+    """Run code in a fresh process in which ``modeling_sail`` cannot be imported."""
+    script = tmp_path / "stranger.py"
+    script.write_text('import sys\nsys.modules["modeling_sail"] = None\n' + textwrap.dedent(code))
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder)], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_a_process_without_the_package_loads_and_encodes(tiny_folder, tmp_path) -> None:
+    code = """
+    import json
+    import numpy as np
+    from transformers import AutoModel, AutoProcessor
+    from sentence_transformers import SentenceTransformer
+
+    folder = sys.argv[1]
+    items = ["words", {"title": "t", "audio": (np.ones(800, "float32"), 8000)}]
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    one = model(**processor(items)).embeddings.detach().numpy()
+    one /= np.linalg.norm(one, axis=1, keepdims=True)
+    encoder = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
+    other = encoder.encode(items)
+    assert abs(one - other).max() < 1e-5
+    encoder.save(folder + "-again")
+    again = SentenceTransformer(folder + "-again", trust_remote_code=True, device="cpu").encode(items)
+    assert abs(again - other).max() < 1e-6
+    model.save_pretrained(folder + "-third")
+    processor.save_pretrained(folder + "-third")
+    third = SentenceTransformer(folder + "-third", trust_remote_code=True, device="cpu").encode(items)
+    assert abs(third - other).max() < 1e-6
+    print(json.dumps({"module": type(model).__module__, "sum": float(other.sum())}))
+    """
+    printed = json.loads(run_without_package(code, tiny_folder, tmp_path).splitlines()[-1])
+    assert printed["module"].startswith("transformers_modules.")
+
+
+def test_the_installed_package_loads_the_folder_without_the_flag(tiny_folder) -> None:
+    from transformers import AutoModel, AutoProcessor
+
+    model = AutoModel.from_pretrained(tiny_folder)
+    processor = AutoProcessor.from_pretrained(tiny_folder)
+    assert type(model).__module__ == "modeling_sail.modeling_sail"
+    assert isinstance(processor, SailEmbeddingProcessor)
+    assert not model.training
+
+
+def test_encode_takes_every_item_form_and_keeps_the_order(encoder, tiny) -> None:
+    items = [*seven_items(), "bare", seven_items()[3]["image"]]
+    together = encoder.encode(items)
+    alone = np.stack([encoder.encode(item) for item in items])
+    assert together.shape == (9, 64)
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
+    for size in (1, 2, 5, 64):
+        np.testing.assert_allclose(encoder.encode(items, batch_size=size), together, atol=1e-5)
+    np.testing.assert_allclose(encoder.encode(items, token_budget=50), together, atol=1e-5)
+
+
+def test_prompts_change_the_embedding_and_match_the_processor(encoder) -> None:
+    plain = encoder.encode("a kangaroo")
+    named = encoder.encode("a kangaroo", prompt_name="q2i_query")
+    assert np.abs(plain - named).max() > 1e-3
+    np.testing.assert_allclose(encoder.encode_query("a kangaroo"), named, atol=1e-6)
+    document = encoder.encode("a kangaroo", prompt_name="q2i_target")
+    np.testing.assert_allclose(encoder.encode_document("a kangaroo"), document, atol=1e-6)
+    processor = encoder.processor
+    assert encoder.prompts["cls_target"] == processor.instruction_for("cls", "target")
+
+
+def test_truncation_precision_and_similarity(encoder) -> None:
+    items = seven_items()
+    whole = encoder.encode(items)
+    np.testing.assert_allclose(encoder.encode(items, truncate_dim=16), whole[:, :16], atol=1e-6)
+    assert encoder.encode(items, precision="ubinary").shape == (7, 8)
+    assert encoder.encode(items, precision="int8").dtype == np.int8
+    similarity = encoder.similarity(whole, whole)
+    torch.testing.assert_close(similarity.diagonal(), torch.ones(7), atol=1e-5, rtol=0)
+
+
+def test_a_bad_item_is_a_row_of_nan_and_harms_no_neighbour(encoder) -> None:
+    items = seven_items()
+    mixed = [*items[:2], {"image": b"broken"}, *items[2:]]
+    found = encoder.encode(mixed, errors="skip")
+    assert np.isnan(found[2]).all()
+    np.testing.assert_allclose(np.delete(found, 2, axis=0), encoder.encode(items), atol=1e-6)
+    with pytest.raises(ValueError, match="1 bad item"):
+        encoder.encode(mixed)
+
+
+def test_modalities_are_advertised(encoder) -> None:
+    assert encoder.supports("image")
+    assert encoder.supports("audio")
+    assert encoder.supports(("image", "text"))
+    assert encoder.get_embedding_dimension() == 64
+    assert encoder.max_seq_length == 256
+
+
+@pytest.mark.slow
+def test_encoding_in_two_processes_gives_the_same_vectors(tiny_folder, tmp_path) -> None:
+    code = """
+    import numpy as np
+    from sentence_transformers import SentenceTransformer
+
+    if __name__ == "__main__":
+        encoder = SentenceTransformer(sys.argv[1], trust_remote_code=True, device="cpu")
+        items = [{"title": "x" * n, "audio": (np.ones(800 * n, "float32"), 8000)} for n in range(1, 9)]
+        one, two = encoder.encode(items), encoder.encode(items, device=["cpu", "cpu"], chunk_size=4)
+        assert abs(one - two).max() < 1e-5
+        print("same")
+    """
+    assert "same" in run_without_package(code, tiny_folder, tmp_path)
