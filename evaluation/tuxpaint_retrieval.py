@@ -2,8 +2,8 @@
 
     python -m modeling_sail.evaluation.tuxpaint_retrieval --model build/mini --work runs/mini
 
-The baseline is ridge regression from mean-pooled tower features to the text backbone's own embeddings of names, fitted on
-the same rows as the model; for pictures blended with the class names that EfficientNet-lite0's own classifier gives.
+The baseline is ridge regression from mean-pooled tower features to the text backbone's own embeddings of names, fitted
+on the same rows as the model; for pictures blended with the class names that EfficientNet-lite0's own classifier gives.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
 BLENDS = (0.0, 0.2, 0.4, 0.6, 0.8)
 
 
-# --- what is retrieved ---------------------------------------------------------------------------------------------------
+# --- what is retrieved ----------------------------------------------------------------------------------------------
 
 
 def tasks(rows: Rows) -> dict[str, tuple[list[Item], list[Item], Tensor]]:
@@ -73,7 +73,7 @@ def _same(queries: Sequence[str], candidates: Sequence[str]) -> Tensor:
     return torch.tensor([[query == candidate for candidate in candidates] for query in queries])
 
 
-# --- the model -----------------------------------------------------------------------------------------------------------
+# --- the model ------------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -96,7 +96,7 @@ def family(queries: list[Item], candidates: list[Item]) -> str:
     return "cls" if "text" in candidates[0] else "i2i"
 
 
-# --- the linear baseline -------------------------------------------------------------------------------------------------
+# --- the linear baseline --------------------------------------------------------------------------------------------
 
 
 class LinearBaseline:
@@ -109,7 +109,11 @@ class LinearBaseline:
     """
 
     def __init__(
-        self, encode_text: Any, images: FeatureCache, sounds: FeatureCache, sources: dict[str, Rows]  # noqa: ANN401
+        self,
+        encode_text: Any,
+        images: FeatureCache,
+        sounds: FeatureCache,
+        sources: dict[str, Rows],
     ) -> None:
         self.encode_text, self.images, self.sounds = encode_text, images, sounds
         fit = [row for name in ("tuxpaint", "openclipart", "emoji") for row in sources[name]]
@@ -168,7 +172,7 @@ def _speech_pairs(rows: Rows, sounds: FeatureCache) -> list[tuple[str, str]]:
     return [(path, name) for path, name in spoken if name and path in sounds]
 
 
-def text_encoder(model: SailEmbeddingModel, processor: SailEmbeddingProcessor) -> Any:  # noqa: ANN401
+def text_encoder(model: SailEmbeddingModel, processor: SailEmbeddingProcessor) -> Any:
     """The published text backbone: mean of its last states, normalised, no tanh, no prompt."""
 
     @torch.inference_mode()
@@ -184,7 +188,7 @@ def text_encoder(model: SailEmbeddingModel, processor: SailEmbeddingProcessor) -
     return encode
 
 
-# --- the run -------------------------------------------------------------------------------------------------------------
+# --- the run --------------------------------------------------------------------------------------------------------
 
 
 def evaluate(

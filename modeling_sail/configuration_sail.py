@@ -74,7 +74,7 @@ class SailEmbeddingConfig(PretrainedConfig):
         audio_token_id: int | None = None,
         temperatures: dict[str, float] | None = None,
         initializer_range: float = 0.02,
-        **kwargs: Any,  # noqa: ANN401  the base class takes any
+        **kwargs: Any,
     ) -> None:
         # A config without arguments must exist: transformers compares a config with its defaults when it prints one.
         self.text_config = _sub_config(text_config or {"model_type": "qwen2"}, "text_config")
@@ -134,7 +134,9 @@ def _sub_config(value: PretrainedConfig | dict[str, Any] | None, name: str) -> P
         return value
     fields = dict(value)
     if "model_type" not in fields:
-        raise ValueError(f"{name} has no 'model_type'; name a model type of transformers, for example 'qwen2' or 'vit'.")
+        raise ValueError(
+            f"{name} has no 'model_type'; name a model type of transformers, for example 'qwen2' or 'vit'."
+        )
     model_type = fields.pop("model_type")
     if model_type in EXTRA_CONFIGS:
         return EXTRA_CONFIGS[model_type](**fields)
@@ -149,7 +151,7 @@ def _require(holds: bool, name: str, value: object, needed: str) -> None:
 SailEmbeddingConfig.register_for_auto_class()
 
 
-# --- presets: what is fixed before any weight; the towers' own sizes where a preset is random or checked on meta -------
+# --- presets: what is fixed before any weight, and the towers' sizes where a preset is random or checked on meta ---
 
 _TINY: dict[str, Any] = {
     "text_config": {

@@ -94,7 +94,7 @@ def make_queries(rows: list[Row], chooser: random.Random) -> list[Query]:
     return queries
 
 
-# --- the page ------------------------------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------------------------
 
 STYLE = """
 body{font:15px/1.4 system-ui,sans-serif;margin:2rem auto;max-width:76rem;padding:0 1rem;color:#222;background:#fafafa}
@@ -112,7 +112,9 @@ def render_page(
 ) -> str:
     """The whole page as HTML. A green frame marks an item that has the name which was asked for."""
     parts = ["<!doctype html><html lang='en'><head><meta charset='utf-8'><title>SAIL-Embedding demo</title>"]
-    parts.append(f"<style>{STYLE}</style></head><body><h1>Search {len(rows) - len(bad)} items by word, picture, speech</h1>")
+    parts.append(
+        f"<style>{STYLE}</style></head><body><h1>Search {len(rows) - len(bad)} items by word, picture, speech</h1>"
+    )
     parts.append(
         "<p>Each item is a Tux Paint picture with its spoken French name; none of the names was seen in training. "
         "Green: the item has the name that was asked for.</p>"
@@ -156,6 +158,8 @@ def _player(path: str) -> str:
 
 
 def _write(page: Path, text: str) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=page.parent, suffix=".partial", delete=False, encoding="utf-8") as partial:
+    with tempfile.NamedTemporaryFile(
+        "w", dir=page.parent, suffix=".partial", delete=False, encoding="utf-8"
+    ) as partial:
         partial.write(text)
     Path(partial.name).replace(page)

@@ -35,15 +35,15 @@ SUFFIXES = {
 FIELD_OF = {suffix: field for field, suffixes in SUFFIXES.items() for suffix in suffixes}
 
 
-# --- where items come from -----------------------------------------------------------------------------------------------
+# --- where items come from ------------------------------------------------------------------------------------------
 
 
 def read_items(source: Path) -> list[tuple[str, Any]]:
     """(id, item) of every item of a JSONL file or a folder, in a stable order.
 
     A JSONL line is an item; media paths are relative to the file; without an ``id`` its line number is one. A line that
-    is no JSON object becomes an item that fails with that reason. In a folder, files of the same name but for the ending
-    are one item: ``cat.png`` and ``cat.ogg`` and ``cat.txt`` (its text).
+    is no JSON object becomes an item that fails with that reason. In a folder, files of the same name but for the
+    ending are one item: ``cat.png`` and ``cat.ogg`` and ``cat.txt`` (its text).
 
     Raises:
         ValueError: the source is neither, or holds nothing.
@@ -74,12 +74,12 @@ def _jsonl_items(source: Path) -> Iterator[tuple[str, Any]]:
             yield _item_id(item, number), item
 
 
-def _item_id(item: Any, number: int) -> str:  # noqa: ANN401  any JSON value
+def _item_id(item: Any, number: int) -> str:
     found = item.get("id") if isinstance(item, dict) else None
     return str(number if found is None else found)
 
 
-def _resolved(name: str, value: Any, folder: Path) -> Any:  # noqa: ANN401  any JSON value
+def _resolved(name: str, value: Any, folder: Path) -> Any:
     if name == "images" and isinstance(value, list):
         return [_resolved("image", entry, folder) for entry in value]
     if name in ("image", "audio", "video") and isinstance(value, str) and "://" not in value:
@@ -110,7 +110,7 @@ class BadLine:
         self.reason = reason
 
 
-# --- the job -------------------------------------------------------------------------------------------------------------
+# --- the job --------------------------------------------------------------------------------------------------------
 
 
 def encode_to_parquet(
@@ -186,7 +186,7 @@ def encode_items(
     return np.concatenate(vectors) if vectors else np.empty((0, 0), np.float32), statuses
 
 
-def _row(name: str, item: Any, encoded: Iterator[Any]) -> dict[str, Any]:  # noqa: ANN401  any item
+def _row(name: str, item: Any, encoded: Iterator[Any]) -> dict[str, Any]:
     if isinstance(item, BadLine):
         return {"id": name, "embedding": None, "status": "error", "reason": item.reason}
     status, vector = next(encoded)
@@ -217,7 +217,9 @@ def _claim(parts: Path, job: dict[str, Any]) -> None:
     parts.mkdir(parents=True, exist_ok=True)
     manifest = parts / "job.json"
     if manifest.exists() and json.loads(manifest.read_text(encoding="utf-8")) != job:
-        raise ValueError(f"{parts} holds parts of another job (other items, model or settings); delete it or name another --out.")
+        raise ValueError(
+            f"{parts} holds parts of another job (other items, model or settings); delete it or name another --out."
+        )
     partial = manifest.with_suffix(".partial")
     partial.write_text(json.dumps(job), encoding="utf-8")
     os.replace(partial, manifest)

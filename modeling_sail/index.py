@@ -61,7 +61,9 @@ def search(
         vectors = module(module.preprocess(queries, prompt=instruction))["sentence_embedding"]
     dim = index.vectors.d
     if dim > vectors.shape[1]:
-        raise ValueError(f"the index has {dim} dimensions, the model only {vectors.shape[1]}: not the model it was made with")
+        raise ValueError(
+            f"the index has {dim} dimensions, the model only {vectors.shape[1]}: not the model it was made with"
+        )
     cut = torch.nn.functional.normalize(vectors[:, :dim], dim=-1).float().cpu().numpy()
     scores, places = index.vectors.search(np.ascontiguousarray(cut), min(top, len(index.names)))
     return [

@@ -313,5 +313,3 @@ def _key(text: str) -> str:
     """What two texts must share to count as the same; of a text that is all punctuation, everything."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return "".join(letter for letter in folded if unicodedata.category(letter)[0] not in "PZ") or folded
-
-

@@ -213,7 +213,9 @@ def _check_pixels(width: int, height: int, options: LoadOptions) -> None:
         raise Unreadable(f"{width} x {height} pixels: there is no picture")
     if width * height > options.max_pixels:
         limit = f"max_pixels={options.max_pixels}"
-        raise Unreadable(f"{width} x {height} pixels are more than {limit}: refused as a decompression bomb, not decoded")
+        raise Unreadable(
+            f"{width} x {height} pixels are more than {limit}: refused as a decompression bomb, not decoded"
+        )
 
 
 def _array_picture(array: np.ndarray) -> Image.Image:
@@ -225,7 +227,9 @@ def _array_picture(array: np.ndarray) -> Image.Image:
         if not np.isfinite(array).all():
             raise Unreadable("the picture holds NaN or infinite values")
         if array.min() < -1e-3 or array.max() > 1 + 1e-3:
-            raise Unreadable(f"a float picture lies in [0, 1], got [{array.min():g}, {array.max():g}]; divide it by 255")
+            raise Unreadable(
+                f"a float picture lies in [0, 1], got [{array.min():g}, {array.max():g}]; divide it by 255"
+            )
         array = np.rint(array.clip(0, 1) * 255)
     elif array.dtype == np.uint16:
         array = array // 257
@@ -296,7 +300,9 @@ def _container(source: str | bytes) -> Iterator[av.container.InputContainer]:
         try:
             container: Any = av.open(file, options={"protocol_whitelist": "none"}, metadata_errors="ignore")
         except _CUT as error:
-            raise Unreadable(f"is no sound or video that ffmpeg can read, or is cut short ({error.strerror})") from error
+            raise Unreadable(
+                f"is no sound or video that ffmpeg can read, or is cut short ({error.strerror})"
+            ) from error
         with container:
             yield container
 
@@ -428,7 +434,9 @@ def _sound_of_array(array: Given, rate: Given, options: LoadOptions) -> np.ndarr
     if array.ndim == 2 and array.shape[0] < array.shape[1]:
         array = array.T  # (S, C)
     if array.ndim not in (1, 2) or (array.ndim == 2 and array.shape[1] > MAX_CHANNELS):
-        raise Unreadable(f"a sound's array is (S,), (S, C) or (C, S), at most {MAX_CHANNELS} channels; got {array.shape}")
+        raise Unreadable(
+            f"a sound's array is (S,), (S, C) or (C, S), at most {MAX_CHANNELS} channels; got {array.shape}"
+        )
     samples = _scaled(array[: math.ceil(options.max_audio_seconds * float(rate))])
     return _resampled(samples if samples.ndim == 1 else samples.mean(axis=1), float(rate), options)
 

@@ -1,6 +1,6 @@
 """SailEmbeddingModel: towers -> tokens -> fusion -> one embedding an item (SAIL-Embedding, section 3.2).
 
-Top to bottom: the output, the parts, the model. Unusual: pictures and sounds of all items of a batch are flat lists with
+Top to bottom: the output, the parts, the model. Unusual: pictures and sounds of a batch's items are flat lists with
 an owner each, so an item has any number of them and a missing modality costs nothing; single-modality embeddings re-use
 the towers' tokens of the same pass, in sequences of their own.
 """
@@ -53,7 +53,7 @@ class SailOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-# --- parts -------------------------------------------------------------------------------------------------------------
+# --- parts ----------------------------------------------------------------------------------------------------------
 
 
 class AudioAdapter(nn.Module):
@@ -85,7 +85,8 @@ class AudioAdapter(nn.Module):
 
 class Temperatures(nn.Module):
     """One learnable temperature for each training dataset (section 3.3.2): in the model, so that every rank and every
-    checkpoint has it. As a logarithm, so that it stays above zero."""
+    checkpoint has it. As a logarithm, so that it stays above zero.
+    """
 
     def __init__(self, config: SailEmbeddingConfig) -> None:
         super().__init__()
@@ -125,7 +126,7 @@ def as_tokens(hidden: Tensor) -> Tensor:
     return hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
 
 
-# --- the model ---------------------------------------------------------------------------------------------------------
+# --- the model ------------------------------------------------------------------------------------------------------
 
 
 class SailEmbeddingPreTrainedModel(PreTrainedModel):
@@ -193,7 +194,7 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
                 tower.eval()
         return self
 
-    # -- one item in, one vector out ------------------------------------------------------------------------------------
+    # -- one item in, one vector out ---------------------------------------------------------------------------------
 
     @can_return_tuple
     def forward(
@@ -213,7 +214,7 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
         output_late_fusion: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        **kwargs: Any,  # noqa: ANN401  passed on to the backbone
+        **kwargs: Any,
     ) -> SailOutput:
         """Embed B items of L tokens with N pictures and frames and M windows of sound in all.
 
@@ -266,7 +267,7 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
             output["late_fusion_embeddings"] = self._late_fusion(embeds, segments, output.embeddings)
         return output
 
-    # -- towers ---------------------------------------------------------------------------------------------------------
+    # -- towers ------------------------------------------------------------------------------------------------------
 
     def _encode_vision(
         self, pixels: Tensor | None, features: Tensor | None, owner: Tensor, positions: Tensor | None
@@ -280,7 +281,9 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
             positions = _places(group)
         limit = self.config.max_frames
         if positions.numel() and int(positions.max()) >= limit:
-            raise ValueError(f"An item has {int(positions.max()) + 1} pictures and frames; max_frames={limit}. Sample fewer.")
+            raise ValueError(
+                f"An item has {int(positions.max()) + 1} pictures and frames; max_frames={limit}. Sample fewer."
+            )
         if not self.config.latents_per_frame:
             return self.perceiver(features, positions, group)
         each = torch.arange(len(group), device=group.device)
@@ -307,13 +310,13 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
             return tower(values)[field]
         return torch.cat([tower(part)[field] for part in values.split(CPU_TOWER_BATCH)])
 
-    # -- fusion ---------------------------------------------------------------------------------------------------------
+    # -- fusion ------------------------------------------------------------------------------------------------------
 
-    def _fuse(self, embeds: Tensor, attention_mask: Tensor, **kwargs: Any) -> ModelOutput:  # noqa: ANN401
+    def _fuse(self, embeds: Tensor, attention_mask: Tensor, **kwargs: Any) -> ModelOutput:
         return self.text_tower(inputs_embeds=embeds, attention_mask=attention_mask, return_dict=True, **kwargs)
 
     def _pool(self, hidden: Tensor, segments: Tensor) -> Tensor:
-        """z = MeanPool(tanh(F(T))) over all tokens of the item (section 3.2); in float32, whatever the backbone's type."""
+        """MeanPool(tanh(F(T))) over all tokens of the item (section 3.2); in float32, whatever the backbone's type."""
         hidden = hidden.float()
         if self.config.pool_tanh:
             hidden = hidden.tanh()
@@ -351,7 +354,7 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
         gate = self.late_fusion_gate(both).float().sigmoid() * (count > 0)
         return gate * visual.float() + (1 - gate) * fused
 
-    # -- how the flat lists and the rows fit together ---------------------------------------------------------------------
+    # -- how the flat lists and the rows fit together ----------------------------------------------------------------
 
     def _segments(
         self, input_ids: Tensor | None, embeds: Tensor, attention_mask: Tensor | None, modality_ids: Tensor | None
@@ -389,7 +392,7 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
             )
         return owner
 
-    # -- one modality, as transformers' multimodal models have it ---------------------------------------------------------
+    # -- one modality, as transformers' multimodal models have it ----------------------------------------------------
 
     @can_return_tuple
     def get_image_features(
@@ -399,7 +402,7 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
         frame_positions: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        **kwargs: Any,  # noqa: ANN401  passed on to the vision tower
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Visual tokens of items from their pictures; without owners every picture is an item of its own.
 
@@ -426,7 +429,7 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
         audio_owner: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        **kwargs: Any,  # noqa: ANN401  passed on to the audio tower
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Audio tokens of items from their windows; without owners every window is an item of its own.
 
@@ -453,7 +456,7 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
         attention_mask: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        **kwargs: Any,  # noqa: ANN401  passed on to the backbone
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Text alone through the fusion backbone: ``last_hidden_state`` (B, L, D), ``pooler_output`` (B, D)."""
         output = self.forward(
@@ -471,7 +474,7 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
         )
 
 
-# --- arithmetic of owners ------------------------------------------------------------------------------------------------
+# --- arithmetic of owners -------------------------------------------------------------------------------------------
 
 
 def _ranks(owner: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from .configuration_sail import AUDIO, PAD, PROMPT, TEXT, VISION
 from .items_sail import IMPORTANCE_ORDER, ItemStatus, LoadedItem, LoadOptions, load_items, render_texts
 
 if TYPE_CHECKING:  # never run: it makes `save_pretrained` carry the file to the Hub, where modules.json names it
-    from .sentence_transformer_sail import SailSentenceTransformer
+    pass
 
 TASKS = ("i2i", "q2i", "cls")
 SIDES = ("query", "target")
@@ -73,9 +73,9 @@ class SailEmbeddingProcessor(ProcessorMixin):
 
     def __init__(
         self,
-        image_processor: Any,  # noqa: ANN401  any transformers image processor
-        feature_extractor: Any,  # noqa: ANN401  any transformers feature extractor
-        tokenizer: Any,  # noqa: ANN401  any transformers tokenizer
+        image_processor: Any,
+        feature_extractor: Any,
+        tokenizer: Any,
         modalities: Sequence[str] = ("vision", "audio"),
         num_latents: int = 16,
         latents_per_frame: bool = False,
@@ -89,7 +89,7 @@ class SailEmbeddingProcessor(ProcessorMixin):
         end_token: str = "<|endoftext|>",
         instructions: dict[str, dict[str, str]] | None = None,
         chat_template: str | None = None,
-        **kwargs: Any,  # noqa: ANN401  a saved processor carries more than its arguments
+        **kwargs: Any,
     ) -> None:
         self.modalities = list(modalities)
         self.num_latents = num_latents
@@ -108,7 +108,7 @@ class SailEmbeddingProcessor(ProcessorMixin):
         self.audio_token_id = self._placeholder(audio_token)
         self._prompts: dict[str, tuple[list[int], list[int]]] = {}
 
-    # -- items to a batch -------------------------------------------------------------------------------------------------
+    # -- items to a batch --------------------------------------------------------------------------------------------
 
     def __call__(
         self,
@@ -127,7 +127,7 @@ class SailEmbeddingProcessor(ProcessorMixin):
             items: dicts, strings or PIL images; see ``items_sail``.
             task: "i2i", "q2i", "cls" (or another key of ``instructions``), or None for no instruction.
             side: "query" or "target".
-            errors: "raise" lists every bad item in one error; "skip" leaves bad items out: the batch then holds the good
+            errors: "raise" lists every bad item in one error; "skip" leaves bad items out: the batch holds the good
                 ones in order, and ``batch.statuses`` one `ItemStatus` for every item that was given.
             instruction: takes the place of the task's instruction.
             allow_urls: fetch http(s) media.
@@ -143,7 +143,9 @@ class SailEmbeddingProcessor(ProcessorMixin):
             ItemsError: items that cannot be read, all of them listed. ValueError: a bad task, side or option.
         """
         if return_tensors != "pt":
-            raise ValueError(f"return_tensors={return_tensors!r} is not supported; the model takes torch tensors ('pt').")
+            raise ValueError(
+                f"return_tensors={return_tensors!r} is not supported; the model takes torch tensors ('pt')."
+            )
         loaded, statuses = self.load(items, errors, allow_urls=allow_urls, use_video_audio=use_video_audio)
         return self.collate(loaded, self.instruction_for(task, side, instruction), statuses)
 
@@ -197,7 +199,7 @@ class SailEmbeddingProcessor(ProcessorMixin):
             *("input_features", "audio_owner"),
         ]
 
-    # -- prompt -----------------------------------------------------------------------------------------------------------
+    # -- prompt ------------------------------------------------------------------------------------------------------
 
     def instruction_for(self, task: str | None, side: str, instruction: str | None = None) -> str:
         """The instruction of a task and side; ``instruction`` itself where it is given; "" without a task."""
@@ -243,7 +245,7 @@ class SailEmbeddingProcessor(ProcessorMixin):
         before = [token for token in around if token in starts]
         return before + self._text_ids(instruction), [token for token in around if token not in starts]
 
-    # -- text -------------------------------------------------------------------------------------------------------------
+    # -- text --------------------------------------------------------------------------------------------------------
 
     def sequence(self, layout: Layout, instruction: str = "") -> tuple[list[int], list[int]]:
         """Token ids and segment ids of one item: prompt, audio, vision, text, end of prompt (Fig. 5)."""
@@ -273,7 +275,7 @@ class SailEmbeddingProcessor(ProcessorMixin):
         return [token for tokens in fields.values() for token in tokens]
 
     def _text_ids(self, text: str) -> list[int]:
-        """Ids of plain text. A placeholder or special token that a user typed is dropped: text can't pose as a picture."""
+        """Ids of plain text. A special token that a user typed is dropped: text can't pose as a picture."""
         if not text:
             return []
         special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
@@ -285,7 +287,7 @@ class SailEmbeddingProcessor(ProcessorMixin):
         return self.tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"] if text else []
 
     def pad(self, sequences: Sequence[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
-        """Ragged (ids, segments) to ``input_ids``, ``attention_mask``, ``modality_ids``, (B, L), padded on the right."""
+        """Ragged (ids, segments) to ``input_ids``, ``attention_mask``, ``modality_ids`` (B, L), padded at the end."""
         length = max((len(ids) for ids, _ in sequences), default=0)
         input_ids = torch.full((len(sequences), length), self.tokenizer.pad_token_id or 0)
         modality_ids = torch.full((len(sequences), length), PAD)
@@ -294,7 +296,7 @@ class SailEmbeddingProcessor(ProcessorMixin):
             modality_ids[row, : len(ids)] = torch.tensor(segments)
         return {"input_ids": input_ids, "attention_mask": (modality_ids != PAD).long(), "modality_ids": modality_ids}
 
-    # -- pictures and sound -----------------------------------------------------------------------------------------------
+    # -- pictures and sound ------------------------------------------------------------------------------------------
 
     def _pictures(self, pictures: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
         flat = [picture for owned in pictures for picture in owned]
@@ -321,21 +323,23 @@ class SailEmbeddingProcessor(ProcessorMixin):
         return [np.resize(sound[start : start + size], size) for start in range(0, len(sound), size)]
 
     def _audio_features(self, windows: list[np.ndarray]) -> Tensor:
-        """(M, ...) input of the audio tower. Windows fit exactly, so the extractor neither pads, cuts nor crops at random.
+        """(M, ...) input of the audio tower. Windows fit exactly: the extractor neither pads, cuts nor crops at random.
 
         Only arguments given here reach the extractor: a tokenizer's saved ``max_length`` must never cut a sound.
         """
         extractor, rate = self.feature_extractor, self.feature_extractor.sampling_rate
         features = []
         for window in windows:  # one at a time: an extractor that normalises must not see a neighbour
-            made = extractor(window, sampling_rate=rate, return_tensors="np", max_length=len(window), truncation=_cut(extractor))
+            made = extractor(
+                window, sampling_rate=rate, return_tensors="np", max_length=len(window), truncation=_cut(extractor)
+            )
             features.append(torch.from_numpy(np.asarray(made["input_features"], dtype=np.float32)))
         return torch.cat(features)
 
-    # -- saving -----------------------------------------------------------------------------------------------------------
+    # -- saving ------------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:  # noqa: ANN401
-        """As in transformers, and what ``SentenceTransformer(folder)`` looks for: modules.json and its configuration."""
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        """As in transformers, and what ``SentenceTransformer(folder)`` looks for: modules.json, its configuration."""
         files = super().save_pretrained(save_directory, push_to_hub=False, **kwargs)
         for name, content in self._sentence_transformer_files().items():
             path = Path(save_directory) / name
@@ -357,7 +361,7 @@ class SailEmbeddingProcessor(ProcessorMixin):
             },
         }
 
-    # -- checks -----------------------------------------------------------------------------------------------------------
+    # -- checks ------------------------------------------------------------------------------------------------------
 
     def _checked_format(self, name: str) -> str:
         if name not in ("auto", "chat", "plain"):
@@ -370,7 +374,9 @@ class SailEmbeddingProcessor(ProcessorMixin):
     def _placeholder(self, token: str) -> int:
         token_id = self.tokenizer.convert_tokens_to_ids(token)
         if token_id is None or token_id == self.tokenizer.unk_token_id:
-            raise ValueError(f"The tokenizer has no token {token!r}; name one that it has, or add it as a special token.")
+            raise ValueError(
+                f"The tokenizer has no token {token!r}; name one that it has, or add it as a special token."
+            )
         return token_id
 
 
@@ -401,7 +407,7 @@ def _owners(counts: Sequence[int]) -> Tensor:
     return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
 
 
-def _cut(extractor: Any) -> bool | str:  # noqa: ANN401  any feature extractor
+def _cut(extractor: Any) -> bool | str:
     """CLAP's default truncation makes four views of a sound, and knows no False; its other mode leaves a fit alone."""
     return "rand_trunc" if "Clap" in type(extractor).__name__ else True
 

@@ -1,7 +1,7 @@
 """The sentence-transformers module: ``SentenceTransformer(folder, trust_remote_code=True).encode(items)``.
 
-Unusual: it is one module, not a chain, because the Matryoshka mean and the norm belong to the model; and what
-sentence-transformers hands over as one batch is cut again by tokens, so that a few long items do not pad many short ones.
+Unusual: it is one module, not a chain, because pooling and norm belong to the model; and what sentence-transformers
+hands over as one batch is cut again by tokens, so that a few long items do not pad many short ones.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class SailSentenceTransformer(InputModule):
     save_in_root = True
     forward_kwargs = {"errors", "allow_urls", "use_video_audio", "token_budget"}
 
-    def __init__(self, model: Any, processor: Any) -> None:  # noqa: ANN401  remote classes have no common type
+    def __init__(self, model: Any, processor: Any) -> None:
         super().__init__()
         self.model = model
         self.processor = processor
@@ -42,11 +42,11 @@ class SailSentenceTransformer(InputModule):
         return ["text", *(name for has in self.processor.modalities for name in names[has]), "message"]
 
     @property
-    def tokenizer(self) -> Any:  # noqa: ANN401  any transformers tokenizer
+    def tokenizer(self) -> Any:
         return self.processor.tokenizer
 
     @tokenizer.setter
-    def tokenizer(self, value: Any) -> None:  # noqa: ANN401
+    def tokenizer(self, value: Any) -> None:
         self.processor.tokenizer = value
 
     @property
@@ -68,7 +68,7 @@ class SailSentenceTransformer(InputModule):
         allow_urls: bool = False,
         use_video_audio: bool = True,
         token_budget: int | None = None,
-        **kwargs: Any,  # noqa: ANN401  sentence-transformers passes its own, such as task
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Items to features: the tensors of one batch in training, passes cut by tokens otherwise."""
         loaded, statuses = self.processor.load(
@@ -80,7 +80,7 @@ class SailSentenceTransformer(InputModule):
         passes = list(self.processor.batches(loaded, instruction, token_budget))
         return {"passes": passes, "rows": [item.index for item in loaded], "statuses": statuses}
 
-    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Adds ``sentence_embedding`` (B, D), normalised; NaN in the row of an item that could not be read."""
         if "passes" not in features:
             features["sentence_embedding"] = self._embed(features)
@@ -96,7 +96,7 @@ class SailSentenceTransformer(InputModule):
         wanted = {name: batch[name] for name in self.processor.model_input_names if name in batch}
         return torch.nn.functional.normalize(self.model(**wanted).embeddings, dim=-1)
 
-    def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:  # noqa: ANN401
+    def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         self.model.save_pretrained(output_path)
         self.processor.save_pretrained(output_path)
 
@@ -113,7 +113,7 @@ class SailSentenceTransformer(InputModule):
         model_kwargs: dict[str, Any] | None = None,
         processor_kwargs: dict[str, Any] | None = None,
         config_kwargs: dict[str, Any] | None = None,
-        **kwargs: Any,  # noqa: ANN401  sentence-transformers passes its own, such as backend
+        **kwargs: Any,
     ) -> SailSentenceTransformer:
         source = {
             "subfolder": subfolder,
@@ -127,6 +127,6 @@ class SailSentenceTransformer(InputModule):
         return cls(model, AutoProcessor.from_pretrained(model_name_or_path, **source, **(processor_kwargs or {})))
 
 
-def _as_item(value: Any) -> Any:  # noqa: ANN401  any item form
+def _as_item(value: Any) -> Any:
     """sentence-transformers' own form of a bare sound, ``{"array", "sampling_rate"}``, is an item with a sound."""
     return {"audio": value} if isinstance(value, dict) and set(value) == {"array", "sampling_rate"} else value

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from modeling_sail.modeling_sail import SailEmbeddingModel
-from modeling_sail.processing_sail import SailEmbeddingProcessor
 from modeling_sail.training.build import build, build_tiny
 from PIL import Image
+
+from modeling_sail.modeling_sail import SailEmbeddingModel
+from modeling_sail.processing_sail import SailEmbeddingProcessor
 
 torch.set_num_threads(1)
 

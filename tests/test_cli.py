@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+
 from modeling_sail import demo, encode_job
 from modeling_sail.cli import main
 from modeling_sail.index import index_of, load_index, search
@@ -122,7 +123,9 @@ def test_search_finds_an_item_by_itself(catalogue, tiny_folder, tmp_path, capsys
         (["demo", "--model", "MODEL", "--out", "x.html", "--subset", "0"], "at least 1"),
     ],
 )
-def test_a_users_mistake_is_one_clear_line(arguments, message, catalogue, tiny_folder, tmp_path, capsys, monkeypatch) -> None:
+def test_a_users_mistake_is_one_clear_line(
+    arguments, message, catalogue, tiny_folder, tmp_path, capsys, monkeypatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     known = {"MODEL": str(tiny_folder), "ITEMS": str(catalogue)}
     assert main([known.get(argument, argument) for argument in arguments]) == 2

@@ -32,7 +32,7 @@ def rows_named(*names: str) -> list[dict]:
     return [{"id": str(index), "names": {"en": name}} for index, name in enumerate(names)]
 
 
-# --- Tux Paint --------------------------------------------------------------------------------------------------------
+# --- Tux Paint ------------------------------------------------------------------------------------------------------
 
 
 def test_a_stamp_becomes_a_row_with_names_speech_and_effect(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_split_without_training_names_is_refused() -> None:
         split_by_name(rows_named("a b", "c d", "A B."), test_names=1, validation_names=1)
 
 
-# --- openclipart ------------------------------------------------------------------------------------------------------
+# --- openclipart ----------------------------------------------------------------------------------------------------
 
 SVG = """<svg xmlns="http://www.w3.org/2000/svg"><metadata><rdf:RDF xmlns:cc="http://web.resource.org/cc/"
 xmlns:dc="http://purl.org/dc/elements/1.1/" xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><cc:Work>
@@ -186,7 +186,7 @@ def test_a_huge_picture_is_not_a_picture(tmp_path: Path) -> None:
     assert not is_picture(tmp_path / "poster.png")
 
 
-# --- emoji ------------------------------------------------------------------------------------------------------------
+# --- emoji ----------------------------------------------------------------------------------------------------------
 
 
 def test_emoji_meet_their_names_in_every_language(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_emoji_without_english_names_say_what_is_missing(tmp_path: Path) -> None
         load_emoji(tmp_path, tmp_path)
 
 
-# --- all --------------------------------------------------------------------------------------------------------------
+# --- all ------------------------------------------------------------------------------------------------------------
 
 
 def test_only_known_datasets_are_prepared() -> None:

@@ -1,7 +1,7 @@
 """Golden vectors of `tiny`: the same on every supported version of transformers, from items to embeddings.
 
-Weights are drawn by the names that checkpoints have on disk, so they do not depend on how a version initialises or names
-its modules. Made with transformers 5.23.0 by ``python -m tests.test_golden``.
+Weights are drawn by the names that checkpoints have on disk, so they do not depend on how a version initialises or
+names its modules. Made with transformers 5.23.0 by ``python -m tests.test_golden``.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from modeling_sail.modeling_sail import SailEmbeddingModel
-from modeling_sail.processing_sail import SailEmbeddingProcessor
 from modeling_sail.training.build import build
 from safetensors.numpy import load_file, save_file
+
+from modeling_sail.modeling_sail import SailEmbeddingModel
+from modeling_sail.processing_sail import SailEmbeddingProcessor
 
 from .conftest import seven_items
 

@@ -68,7 +68,11 @@ def test_half_precision_is_computed_in_float32() -> None:
 
 @pytest.mark.parametrize(
     ("query", "target", "offset", "message"),
-    [((2, 3), (2, 4), 0, "must be"), ((2, 3), (2, 3), 1, "do not lie within"), ((2, 3), (1, 3), 0, "do not lie within")],
+    [
+        ((2, 3), (2, 4), 0, "must be"),
+        ((2, 3), (2, 3), 1, "do not lie within"),
+        ((2, 3), (1, 3), 0, "do not lie within"),
+    ],
 )
 def test_sizes_that_do_not_fit_are_refused(query, target, offset, message) -> None:
     with pytest.raises(ValueError, match=message):

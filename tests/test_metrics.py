@@ -12,14 +12,17 @@ from modeling_sail.evaluation.metrics import recall_at
 def brute(scores, relevant, k) -> float:
     """Each relevant candidate is found if fewer than k others rank above it; irrelevant ties rank above."""
     values = []
-    for row, marks in zip(scores.tolist(), relevant.tolist()):
+    for row, marks in zip(scores.tolist(), relevant.tolist(), strict=True):
         order = sorted(range(len(row)), key=lambda place: (-row[place], marks[place]))
         values.append(sum(marks[place] for place in order[:k]) / sum(marks))
     return sum(values) / len(values)
 
 
 @given(
-    st.integers(1, 4), st.integers(2, 9), st.integers(1, 9), st.integers(0, 10_000),
+    st.integers(1, 4),
+    st.integers(2, 9),
+    st.integers(1, 9),
+    st.integers(0, 10_000),
 )
 def test_recall_equals_brute_force_with_ties(queries, candidates, k, seed) -> None:
     generator = torch.Generator().manual_seed(seed)

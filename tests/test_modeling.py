@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from modeling_sail.configuration_sail import SailEmbeddingConfig, preset_config
-from modeling_sail.modeling_sail import SailEmbeddingModel, as_tokens, tower_width
 from modeling_sail.training.build import build_tiny, make_processor
 from transformers import AutoConfig
+
+from modeling_sail.configuration_sail import SailEmbeddingConfig, preset_config
+from modeling_sail.modeling_sail import SailEmbeddingModel, as_tokens, tower_width
 
 from .conftest import picture, seven_items, sound
 
@@ -70,7 +71,10 @@ def test_pooling_is_the_mean_of_tanh_over_all_tokens(tiny) -> None:
     with torch.inference_mode():
         output = model(**batch)
     expected = torch.stack(
-        [hidden[mask.bool()].tanh().mean(dim=0) for hidden, mask in zip(output.last_hidden_state, batch["attention_mask"])]
+        [
+            hidden[mask.bool()].tanh().mean(dim=0)
+            for hidden, mask in zip(output.last_hidden_state, batch["attention_mask"], strict=True)
+        ]
     )
     torch.testing.assert_close(output.embeddings, expected, atol=1e-6, rtol=0)
 
@@ -127,13 +131,11 @@ def test_late_fusion_is_the_gated_sum_and_falls_back_without_a_picture(tiny) -> 
 
 def test_every_parameter_gets_a_gradient(tiny) -> None:
     model, processor = build_tiny()
-    output = model.train()(
-        **processor(seven_items()), output_modality_embeddings=True, output_late_fusion=True
-    )
+    output = model.train()(**processor(seven_items()), output_modality_embeddings=True, output_late_fusion=True)
     loss = output.embeddings.square().sum() + output.late_fusion_embeddings.square().sum()
     (loss * model.temperatures("default")).backward()
     without = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
-    # Key biases cancel in a softmax, and only as many frame positions are used as there are frames: both as they should.
+    # Key biases cancel in a softmax: their gradient is zero, as it should be.
     assert [name for name in without if not name.endswith(("key.bias", "k_proj.bias"))] == []
 
 
@@ -178,28 +180,53 @@ def test_cached_tower_features_stand_for_pictures_and_sounds(tiny) -> None:
         torch.testing.assert_close(model(**batch).embeddings, expected, atol=TOLERANCE, rtol=0)
 
 
-# --- towers of other families --------------------------------------------------------------------------------------------
+# --- towers of other families ---------------------------------------------------------------------------------------
 
 VISION = {
     "resnet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
     "efficientnet": {
-        "width_coefficient": 0.1, "depth_coefficient": 0.1, "image_size": 32, "hidden_dim": 128,
+        "width_coefficient": 0.1,
+        "depth_coefficient": 0.1,
+        "image_size": 32,
+        "hidden_dim": 128,
     },
     "siglip_vision_model": {
-        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32,
-        "patch_size": 16, "vision_use_head": False,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 16,
+        "vision_use_head": False,
     },
     "clip_vision_model": {
-        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 32,
         "patch_size": 16,
     },
 }
-SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 320}
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "vocab_size": 320,
+}
 TEXT = {
     "bert": SIZES,
     "qwen2": {**SIZES, "num_key_value_heads": 2},
     "qwen3": {**SIZES, "num_key_value_heads": 2, "head_dim": 16},
-    "modernbert": {**SIZES, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "cls_token_id": 0, "sep_token_id": 0},
+    "modernbert": {
+        **SIZES,
+        "pad_token_id": 0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "cls_token_id": 0,
+        "sep_token_id": 0,
+    },
 }
 
 
@@ -235,14 +262,24 @@ def test_a_clap_tower_works_with_its_own_extractor_and_pooler() -> None:
     from transformers import ClapFeatureExtractor
 
     audio = {
-        "model_type": "clap_audio_model", "patch_embeds_hidden_size": 8, "depths": [1, 1], "num_attention_heads": [2, 2],
-        "num_hidden_layers": 2, "hidden_size": 16, "spec_size": 64, "num_mel_bins": 16, "window_size": 4,
-        "patch_size": 4, "patch_stride": [4, 4],
+        "model_type": "clap_audio_model",
+        "patch_embeds_hidden_size": 8,
+        "depths": [1, 1],
+        "num_attention_heads": [2, 2],
+        "num_hidden_layers": 2,
+        "hidden_size": 16,
+        "spec_size": 64,
+        "num_mel_bins": 16,
+        "window_size": 4,
+        "patch_size": 4,
+        "patch_stride": [4, 4],
     }
     torch.manual_seed(0)
     config = preset_config("tiny", audio_config=audio, audio_pooling="pooler")
     _, base = build_tiny()
-    extractor = ClapFeatureExtractor(feature_size=16, sampling_rate=16_000, max_length_s=1, hop_length=160, fft_window_size=512)
+    extractor = ClapFeatureExtractor(
+        feature_size=16, sampling_rate=16_000, max_length_s=1, hop_length=160, fft_window_size=512
+    )
     processor = make_processor(config, base.tokenizer, base.image_processor, extractor, max_tokens=256)
     pair = SailEmbeddingModel(config).eval(), processor
     items = [{"audio": sound(1, 0.3)}, {"audio": sound(2, 2.5), "title": "two windows and a half"}, "text"]
@@ -260,7 +297,7 @@ def test_a_model_of_text_alone_works() -> None:
         model.get_image_features(torch.zeros(1, 3, 32, 32))
 
 
-# --- errors and sizes ----------------------------------------------------------------------------------------------------
+# --- errors and sizes -----------------------------------------------------------------------------------------------
 
 
 def test_pictures_that_fit_no_placeholder_are_refused(tiny) -> None:

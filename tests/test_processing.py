@@ -9,15 +9,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from modeling_sail.training.build import build_tiny
+
 from modeling_sail.items_sail import ItemsError
 from modeling_sail.processing_sail import Layout, SailEmbeddingProcessor, token_batches
-from modeling_sail.training.build import build_tiny
 
 from .conftest import picture, seven_items, sound
 
 EVERYTHING = {
-    "text": "bare", "title": "title words", "ocr": "read in the picture", "asr": "heard", "nickname": "author",
-    "tags": ["one", "two"], "image": picture(1), "audio": sound(1),
+    "text": "bare",
+    "title": "title words",
+    "ocr": "read in the picture",
+    "asr": "heard",
+    "nickname": "author",
+    "tags": ["one", "two"],
+    "image": picture(1),
+    "audio": sound(1),
 }
 
 
@@ -31,7 +38,8 @@ def test_the_prompt_has_three_parts_in_the_papers_order(tiny) -> None:
     text = decoded(processor, processor([EVERYTHING], task="i2i", side="target"))
     instruction = processor.instructions["i2i"]["target"]
     expected = (
-        f"<|im_start|>system\n{instruction}<|im_end|>\n<|im_start|>user\n<|audio_pad|>" + "<|image_pad|>" * 4
+        f"<|im_start|>system\n{instruction}<|im_end|>\n<|im_start|>user\n<|audio_pad|>"
+        + "<|image_pad|>" * 4
         + "bare\ntitle: title words\nocr: read in the picture\nasr: heard\nnickname: author\ntags: one, two"
         + "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
     )
@@ -169,7 +177,9 @@ def test_an_empty_batch_and_a_batch_of_bad_items_do_not_crash(tiny) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"task": "i3i"}, "i3i"), ({"side": "document"}, "side='document'"), ({"errors": "ignore"}, "errors"),
+        ({"task": "i3i"}, "i3i"),
+        ({"side": "document"}, "side='document'"),
+        ({"errors": "ignore"}, "errors"),
         ({"return_tensors": "np"}, "return_tensors"),
     ],
 )

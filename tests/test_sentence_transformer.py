@@ -11,8 +11,9 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from modeling_sail.processing_sail import SailEmbeddingProcessor
 from sentence_transformers import SentenceTransformer
+
+from modeling_sail.processing_sail import SailEmbeddingProcessor
 
 from .conftest import seven_items
 

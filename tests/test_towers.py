@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import EfficientNetConfig, WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-# --- CTranslate2 ------------------------------------------------------------------------------------------------------
+# --- CTranslate2 ----------------------------------------------------------------------------------------------------
 
 CODES = {"float32": 0, "int8": 1, "int16": 2, "int32": 3, "float16": 4}
 
@@ -127,7 +127,7 @@ def test_quantised_and_foreign_models_are_refused() -> None:
         whisper_encoder_from_ctranslate2({"encoder/layer_norm/gamma": np.zeros(1, np.float32)})
 
 
-# --- the audio window -------------------------------------------------------------------------------------------------
+# --- the audio window -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_a_window_that_whisper_cannot_have_is_refused(whisper_folder: Path, seco
         load_audio_tower(str(whisper_folder), window_seconds=seconds)
 
 
-# --- EfficientNet-lite0 -----------------------------------------------------------------------------------------------
+# --- EfficientNet-lite0 ---------------------------------------------------------------------------------------------
 
 # (repeats, kernel, stride, expansion, output channels): efficientnet_lite_pytorch/utils.py, `efficientnet_lite`.
 STAGES = [
@@ -279,7 +279,7 @@ def test_pictures_reach_lite0_as_it_was_trained() -> None:
     torch.testing.assert_close(pixels[0, :, 5, 5], torch.tensor([0.0, 1.0, -127 / 128]), rtol=0, atol=1e-6)
 
 
-# --- names ------------------------------------------------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("load", [load_text_tower, load_vision_tower, load_audio_tower])
@@ -299,7 +299,7 @@ def test_every_pinned_tower_has_a_licence() -> None:
     assert set(towers.tower_licences()) == set(towers.PINNED) and all(towers.tower_licences().values())
 
 
-# --- real weights -----------------------------------------------------------------------------------------------------
+# --- real weights ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.network

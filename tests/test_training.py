@@ -1,4 +1,4 @@
-"""The first training: batches that replay, a cache that survives, a Trainer that learns and resumes, weights that ship."""
+"""The first training: batches that replay, a cache that survives, a Trainer that learns and resumes, what ships."""
 
 from __future__ import annotations
 
@@ -92,7 +92,8 @@ def test_a_step_is_the_same_batch_whatever_came_before(setup) -> None:
             assert all(torch.equal(found[side][name], value) for name, value in one.batch(3)[side].items())
     different = PairBatches(datasets, collate, 4, seed=8)
     assert any(
-        not torch.equal(one.batch(s)["target"]["input_ids"], different.batch(s)["target"]["input_ids"]) for s in range(4)
+        not torch.equal(one.batch(s)["target"]["input_ids"], different.batch(s)["target"]["input_ids"])
+        for s in range(4)
     )
 
 
@@ -111,8 +112,17 @@ def test_a_batch_comes_from_one_dataset_and_weights_count(setup) -> None:
 
 def arguments(tmp_path, steps) -> TrainingArguments:
     return TrainingArguments(
-        output_dir=str(tmp_path), max_steps=steps, learning_rate=3e-3, report_to=[], remove_unused_columns=False,
-        use_cpu=True, save_steps=5, logging_steps=1, disable_tqdm=True, max_grad_norm=1.0, lr_scheduler_type="constant",
+        output_dir=str(tmp_path),
+        max_steps=steps,
+        learning_rate=3e-3,
+        report_to=[],
+        remove_unused_columns=False,
+        use_cpu=True,
+        save_steps=5,
+        logging_steps=1,
+        disable_tqdm=True,
+        max_grad_norm=1.0,
+        lr_scheduler_type="constant",
     )
 
 

@@ -1,7 +1,7 @@
 """`sail build`: a preset becomes a folder in Hub format: towers, connectors, tokenizer, processor, code.
 
-Room: before the model. Unusual: `mini` ships only what training changed; its towers come from pinned packages, and every
-hash is checked before a file is written.
+Room: before the model. Unusual: `mini` ships only what training changed; its towers come from pinned packages, and
+every hash is checked before a file is written.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def save(model: SailEmbeddingModel, processor: SailEmbeddingProcessor, out: str 
     processor.save_pretrained(out)
 
 
-# --- from pretrained towers ----------------------------------------------------------------------------------------------
+# --- from pretrained towers -----------------------------------------------------------------------------------------
 
 
 def assemble(preset: str, towers: dict[str, str] | None = None) -> tuple[SailEmbeddingModel, SailEmbeddingProcessor]:
@@ -126,9 +126,9 @@ def preset_config_window(preset: str) -> float:
 def make_processor(
     config: SailEmbeddingConfig,
     tokenizer: PreTrainedTokenizerBase,
-    image_processor: Any,  # noqa: ANN401  any transformers image processor
-    feature_extractor: Any,  # noqa: ANN401  any transformers feature extractor
-    **options: Any,  # noqa: ANN401  further arguments of SailEmbeddingProcessor
+    image_processor: Any,
+    feature_extractor: Any,
+    **options: Any,
 ) -> SailEmbeddingProcessor:
     """The processor of a configuration; writes the placeholders' token ids into the configuration."""
     image_token = _placeholder(tokenizer, IMAGE_TOKENS)
@@ -157,7 +157,9 @@ def _placeholder(tokenizer: PreTrainedTokenizerBase, candidates: Sequence[str]) 
     for token in candidates:
         if token in vocabulary:
             return token
-    tokenizer.add_special_tokens({"additional_special_tokens": [candidates[0]]}, replace_additional_special_tokens=False)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [candidates[0]]}, replace_additional_special_tokens=False
+    )
     return candidates[0]
 
 
@@ -169,7 +171,7 @@ def _take_weights(tower: PreTrainedModel, source: PreTrainedModel) -> None:
         raise ValueError(f"{type(source).__name__} does not fit: missing {missing[:5]}, unused {left[:5]}.")
 
 
-# --- what training changed -----------------------------------------------------------------------------------------------
+# --- what training changed ------------------------------------------------------------------------------------------
 
 
 def apply_trained(model: SailEmbeddingModel, folder: Path) -> None:
@@ -213,10 +215,10 @@ def _same_hash(name: str, found: str, expected: str) -> None:
         )
 
 
-# --- tiny: random, no download -------------------------------------------------------------------------------------------
+# --- tiny: random, no download --------------------------------------------------------------------------------------
 
 
-def build_tiny(**options: Any) -> tuple[SailEmbeddingModel, SailEmbeddingProcessor]:  # noqa: ANN401
+def build_tiny(**options: Any) -> tuple[SailEmbeddingModel, SailEmbeddingProcessor]:
     """A random model of under 2M parameters with all three modalities, and a byte-level tokenizer with a chat template.
 
     Args:

@@ -21,7 +21,7 @@ OPEN_GATE = 100.0
 # CTranslate2's DataType; bfloat16 (5) has no numpy type and none of our packages has it.
 CT2_DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
 
-# --- CTranslate2 ------------------------------------------------------------------------------------------------------
+# --- CTranslate2 ----------------------------------------------------------------------------------------------------
 
 
 class _Reader:
@@ -85,7 +85,7 @@ def _read_array(reader: _Reader, name: str) -> np.ndarray:
     return np.frombuffer(reader.take(size), dtype=CT2_DTYPES[code]).reshape(shape)
 
 
-# --- Whisper ----------------------------------------------------------------------------------------------------------
+# --- Whisper --------------------------------------------------------------------------------------------------------
 
 
 def whisper_encoder_from_ctranslate2(variables: Mapping[str, np.ndarray]) -> WhisperEncoder:
@@ -167,7 +167,7 @@ def _norm(variables: Mapping[str, np.ndarray], source: str, target: str) -> dict
     return {f"{target}.{ours}": _float(variables, f"{source}/{theirs}") for ours, theirs in names.items()}
 
 
-# --- EfficientNet-lite0 -----------------------------------------------------------------------------------------------
+# --- EfficientNet-lite0 ---------------------------------------------------------------------------------------------
 
 
 def lite0_config() -> EfficientNetConfig:

@@ -84,7 +84,7 @@ class FeatureCache:
 def tower_features(
     model: SailEmbeddingModel, processor: SailEmbeddingProcessor, field: str
 ) -> Callable[[list[str]], tuple[list[Tensor], list[ItemStatus]]]:
-    """A ``compute`` for `FeatureCache.add`: paths of pictures (``field="image"``) or sounds (``"audio"``) to features."""
+    """A ``compute`` for `FeatureCache.add`: paths of pictures (``"image"``) or sounds (``"audio"``) to features."""
 
     @torch.inference_mode()
     def compute(paths: list[str]) -> tuple[list[Tensor], list[ItemStatus]]:

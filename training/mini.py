@@ -2,7 +2,7 @@
 
     python -m modeling_sail.training.mini --work runs/mini
 
-Pictures and names of Tux Paint, openclipart and emoji; Tux Paint's recorded speech, and emoji names spoken by espeak-ng.
+Pictures and names of Tux Paint, openclipart, emoji; Tux Paint's recorded speech, and emoji names spoken by espeak-ng.
 Unusual: towers run once, into a cache; and EfficientNet's own classifier is a teacher: its class names, drawn by its
 probabilities, caption pictures. No held-out Tux Paint name is seen: rows of any source that carry one are left out.
 """
@@ -23,8 +23,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import Tensor
 from transformers import TrainingArguments, get_cosine_schedule_with_warmup
 
 from ..modeling_sail import SailEmbeddingModel
@@ -45,7 +44,7 @@ READABLE = ("en", "fr", "es", "ca", "ro", "pt", "it", "de", "nl", "da")  # names
 TASKS = (None, "cls", "q2i")
 
 
-# --- sources -------------------------------------------------------------------------------------------------------------
+# --- sources --------------------------------------------------------------------------------------------------------
 
 
 def load_sources(work: Path, limit: int | None = None) -> dict[str, list[dict[str, Any]]]:
@@ -80,7 +79,9 @@ def speak(row: dict[str, Any], folder: Path) -> dict[str, str]:
     """
     program = shutil.which("espeak-ng")
     if program is None:
-        raise RuntimeError("espeak-ng is not installed; `apt-get install espeak-ng`, it speaks part of the training data.")
+        raise RuntimeError(
+            "espeak-ng is not installed; `apt-get install espeak-ng`, it speaks part of the training data."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     language = random.Random(row["id"]).choice([language for language in SPOKEN if row["names"].get(language)])
     text = row["names"][language]
@@ -106,7 +107,7 @@ def cache_features(
     return images, sounds
 
 
-# --- datasets ------------------------------------------------------------------------------------------------------------
+# --- datasets -------------------------------------------------------------------------------------------------------
 
 
 def mini_datasets(
@@ -123,7 +124,9 @@ def mini_datasets(
         PairDataset("openclipart", [_titled(row) for row in rows["openclipart"]], 5, TASKS),
         PairDataset("emoji", [_named(row) for row in rows["emoji"]], 2, TASKS),
         PairDataset("tuxpaint", [_named(row) for row in rows["tuxpaint"]], 2, TASKS),
-        PairDataset("teacher", [_captioned(row, teacher, words) for row in pictures if row["image"] in teacher], 4, TASKS),
+        PairDataset(
+            "teacher", [_captioned(row, teacher, words) for row in pictures if row["image"] in teacher], 4, TASKS
+        ),
         PairDataset("tuxpaint-speech", _spoken(spoken[0]), 3, TASKS),
         PairDataset("emoji-speech", _spoken(spoken[1]), 3, TASKS),
         PairDataset("both", [_both(row) for part in spoken for row in part], 3, TASKS),
@@ -201,7 +204,7 @@ def teacher_probabilities(images: FeatureCache, paths: Iterable[str], temperatur
     return {path: ((weight @ mean + bias) / temperature).softmax(dim=0) for path, mean in features.items()}
 
 
-# --- training ------------------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------------------------
 
 
 def trainable(model: SailEmbeddingModel, text_layers: int) -> list[dict[str, Any]]:
@@ -215,7 +218,9 @@ def trainable(model: SailEmbeddingModel, text_layers: int) -> list[dict[str, Any
     return groups + [{"params": list(layer.parameters()), "lr": 1e-4} for layer in top]
 
 
-def train(model: SailEmbeddingModel, batches: PairBatches, groups: list[dict[str, Any]], args: argparse.Namespace) -> None:
+def train(
+    model: SailEmbeddingModel, batches: PairBatches, groups: list[dict[str, Any]], args: argparse.Namespace
+) -> None:
     """Run the Trainer; a checkpoint every tenth of the run, and resume from the last one."""
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-4, betas=(0.9, 0.98))
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, args.steps // 20), args.steps)

@@ -61,7 +61,7 @@ def _require(name: str, kind: str, names: tuple[str, ...]) -> None:
         raise ValueError(f"{name!r} is not a {kind} tower; pinned {kind} towers: {', '.join(names)}.")
 
 
-# --- text -------------------------------------------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------------------------------------------
 
 
 def load_text_tower(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -90,7 +90,7 @@ def load_text_tower(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     return model.eval(), AutoTokenizer.from_pretrained(source, **options)
 
 
-# --- vision -----------------------------------------------------------------------------------------------------------
+# --- vision ---------------------------------------------------------------------------------------------------------
 
 
 def load_vision_tower(name: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
@@ -151,7 +151,7 @@ def imagenet_class_names() -> list[str]:
     return names
 
 
-# --- audio ------------------------------------------------------------------------------------------------------------
+# --- audio ----------------------------------------------------------------------------------------------------------
 
 
 def load_audio_tower(name: str, window_seconds: float | None = None) -> tuple[PreTrainedModel, FeatureExtractionMixin]:

@@ -104,7 +104,7 @@ def _speech(text: Path) -> dict[str, str]:
     return {match[1] or "en": str(path) for match, path in matches if match and is_sound(path)}
 
 
-# --- split ------------------------------------------------------------------------------------------------------------
+# --- split ----------------------------------------------------------------------------------------------------------
 
 
 def name_key(name: str) -> str:
