@@ -129,7 +129,7 @@ class SailEmbeddingConfig(PretrainedConfig):
         )
 
 
-def _sub_config(value: PretrainedConfig | dict[str, Any] | None, name: str) -> PretrainedConfig | None:
+def _sub_config(value: PretrainedConfig | dict[str, Any] | None, name: str) -> Any:
     if value is None or isinstance(value, PretrainedConfig):
         return value
     fields = dict(value)

@@ -22,7 +22,7 @@ from .configuration_sail import AUDIO, MODALITIES, PAD, PROMPT, SEGMENT_OF, TEXT
 from .perceiver_sail import VisualPerceiver
 
 # Two towers that AutoModel cannot build alone: Whisper maps to the whole model, CLAP's audio side to nothing.
-TOWER_CLASSES = {"whisper": WhisperEncoder, "clap_audio_model": ClapAudioModel}
+TOWER_CLASSES: dict[str, Any] = {"whisper": WhisperEncoder, "clap_audio_model": ClapAudioModel}
 
 # On a CPU, small batches of pictures and windows stay in the cache: measured 3 to 4 times faster than batches of 32.
 CPU_TOWER_BATCH = 8
@@ -135,7 +135,7 @@ class SailEmbeddingPreTrainedModel(PreTrainedModel):
     config_class = SailEmbeddingConfig
     base_model_prefix = "sail"
     main_input_name = "input_ids"
-    input_modalities = ("image", "audio", "text")
+    input_modalities = ["image", "audio", "text"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["PerceiverBlock", "AudioAdapter"]
     _supports_sdpa = True
@@ -164,6 +164,7 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
     def __init__(self, config: SailEmbeddingConfig) -> None:
         super().__init__(config)
         self.text_tower = build_tower(config.text_config)
+        module: Any
         for module in self.text_tower.modules():
             # Some kernels ask the layer, not the mask, whether it is causal (section 3.2: bidirectional fusion).
             if getattr(module, "is_causal", False):
@@ -241,20 +242,25 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
         embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         segments = self._segments(input_ids, embeds, attention_mask, modality_ids)  # (B, L)
 
-        if pixel_values is not None or image_features is not None:
-            image_owner = self._owners(image_owner, pixel_values, image_features, segments == VISION, "image_owner")
-            latents = self._encode_vision(pixel_values, image_features, image_owner, frame_positions)  # (G, K, D)
+        if image_features is None and pixel_values is not None:
+            image_features = self.vision_features(pixel_values)  # (N, T, V)
+        if image_features is not None:
+            image_owner = _checked_owners(image_owner, len(image_features), segments == VISION, "image_owner")
+            latents = self._encode_vision(image_features, image_owner, frame_positions)  # (G, K, D)
             embeds = _fill(embeds, segments == VISION, latents, "pictures")
-        if input_features is not None or audio_features is not None:
-            audio_owner = self._owners(audio_owner, input_features, audio_features, segments == AUDIO, "audio_owner")
-            sound = self._encode_audio(input_features, audio_features, audio_owner)  # (G, D)
+        if audio_features is None and input_features is not None:
+            audio_features = self.audio_features(input_features)  # (M, T, A)
+        if audio_features is not None:
+            audio_owner = _checked_owners(audio_owner, len(audio_features), segments == AUDIO, "audio_owner")
+            sound = self._encode_audio(audio_features, audio_owner)  # (G, D)
             embeds = _fill(embeds, segments == AUDIO, sound, "sounds")
 
         flags = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         flags = {name: flag for name, flag in flags.items() if flag is not None}
         fused = self._fuse(embeds, (segments != PAD).long(), **flags, **kwargs)
+        embeddings = self._pool(fused.last_hidden_state, segments)  # (B, D)
         output = SailOutput(
-            embeddings=self._pool(fused.last_hidden_state, segments),
+            embeddings=embeddings,
             modality_mask=torch.stack([(segments == SEGMENT_OF[name]).any(dim=1) for name in MODALITIES], dim=1),
             last_hidden_state=fused.last_hidden_state,
             hidden_states=getattr(fused, "hidden_states", None),
@@ -264,55 +270,48 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
             for name in MODALITIES:
                 output[f"{name}_embeddings"] = self._embed_alone(embeds, segments, SEGMENT_OF[name])
         if output_late_fusion:
-            output["late_fusion_embeddings"] = self._late_fusion(embeds, segments, output.embeddings)
+            output["late_fusion_embeddings"] = self._late_fusion(embeds, segments, embeddings)
         return output
 
     # -- towers ------------------------------------------------------------------------------------------------------
 
-    def _encode_vision(
-        self, pixels: Tensor | None, features: Tensor | None, owner: Tensor, positions: Tensor | None
-    ) -> Tensor:
-        """(N, 3, H, W) pictures, or their (N, T, V) features, with (N,) rising owners -> (G, K, D) visual tokens."""
+    def vision_features(self, pixel_values: Tensor) -> Tensor:
+        """(N, 3, H, W) pictures -> (N, T, V) tokens of the vision tower: `forward` takes them as ``image_features``."""
+        if self.vision_tower is None:
+            raise ValueError("There are pictures, but this model has no vision tower (vision_config is None).")
+        return as_tokens(_run_tower(self.vision_tower, pixel_values, "last_hidden_state"))
+
+    def audio_features(self, input_features: Tensor) -> Tensor:
+        """(M, ...) windows -> (M, T, A) tokens of the audio tower: `forward` takes them as ``audio_features``."""
+        if self.audio_tower is None:
+            raise ValueError("There is sound, but this model has no audio tower (audio_config is None).")
+        if self.config.audio_pooling == "pooler":
+            return _run_tower(self.audio_tower, input_features, "pooler_output")[:, None]
+        return as_tokens(_run_tower(self.audio_tower, input_features, "last_hidden_state"))
+
+    def _encode_vision(self, features: Tensor, owner: Tensor, positions: Tensor | None) -> Tensor:
+        """(N, T, V) tokens of N frames with (N,) rising owners -> (G, K, D) visual tokens of G items."""
         if self.perceiver is None:
-            raise ValueError("The batch has pictures, but this model has no vision tower (vision_config is None).")
-        features = self.vision_features(pixels) if features is None else features.to(self.perceiver.latents.dtype)
+            raise ValueError("There are picture features, but this model has no perceiver (vision_config is None).")
         group = _ranks(owner)  # (N,)
-        if positions is None:
-            positions = _places(group)
+        positions = _places(group) if positions is None else positions
         limit = self.config.max_frames
         if positions.numel() and int(positions.max()) >= limit:
-            raise ValueError(
-                f"An item has {int(positions.max()) + 1} pictures and frames; max_frames={limit}. Sample fewer."
-            )
-        if not self.config.latents_per_frame:
-            return self.perceiver(features, positions, group)
-        each = torch.arange(len(group), device=group.device)
-        return self.perceiver(features, positions, each)  # (N, K, D): in order of the owners, so rows fill in order
+            most = int(positions.max()) + 1
+            raise ValueError(f"An item has {most} pictures and frames; max_frames={limit}. Sample fewer.")
+        if self.config.latents_per_frame:  # every frame its own group, in the order of the owners: rows fill in order
+            group = torch.arange(len(group), device=group.device)
+        return self.perceiver(features.to(self.perceiver.latents.dtype), positions, group)
 
-    def vision_features(self, pixels: Tensor) -> Tensor:
-        return as_tokens(self._run_tower(self.vision_tower, pixels, "last_hidden_state"))
-
-    def _encode_audio(self, windows: Tensor | None, features: Tensor | None, owner: Tensor) -> Tensor:
-        """(M, ...) windows, or their (M, T, A) features, with (M,) rising owners -> (G, D), one token an item."""
+    def _encode_audio(self, features: Tensor, owner: Tensor) -> Tensor:
+        """(M, T, A) tokens of M windows with (M,) rising owners -> (G, D), one token for each of G items."""
         if self.audio_adapter is None:
-            raise ValueError("The batch has sound, but this model has no audio tower (audio_config is None).")
-        features = self.audio_features(windows) if features is None else features.to(self.audio_adapter.up.weight.dtype)
-        return self.audio_adapter(features, _ranks(owner))
-
-    def audio_features(self, windows: Tensor) -> Tensor:
-        if self.config.audio_pooling == "pooler":
-            return self._run_tower(self.audio_tower, windows, "pooler_output")[:, None]
-        return as_tokens(self._run_tower(self.audio_tower, windows, "last_hidden_state"))
-
-    def _run_tower(self, tower: PreTrainedModel, values: Tensor, field: str) -> Tensor:
-        values = values.to(next(tower.parameters()).dtype)
-        if torch.is_grad_enabled() or values.device.type != "cpu":
-            return tower(values)[field]
-        return torch.cat([tower(part)[field] for part in values.split(CPU_TOWER_BATCH)])
+            raise ValueError("There are sound features, but this model has no audio adapter (audio_config is None).")
+        return self.audio_adapter(features.to(self.audio_adapter.up.weight.dtype), _ranks(owner))
 
     # -- fusion ------------------------------------------------------------------------------------------------------
 
-    def _fuse(self, embeds: Tensor, attention_mask: Tensor, **kwargs: Any) -> ModelOutput:
+    def _fuse(self, embeds: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
         return self.text_tower(inputs_embeds=embeds, attention_mask=attention_mask, return_dict=True, **kwargs)
 
     def _pool(self, hidden: Tensor, segments: Tensor) -> Tensor:
@@ -375,23 +374,6 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
         placeholder = self.get_input_embeddings()(torch.tensor(token_id, device=embeds.device))
         return (embeds == placeholder.to(embeds.dtype)).all(dim=-1)
 
-    def _owners(
-        self, owner: Tensor | None, values: Tensor | None, features: Tensor | None, placeholders: Tensor, name: str
-    ) -> Tensor:
-        given = values if features is None else features
-        if owner is None:
-            owner = placeholders.any(dim=1).nonzero()[:, 0]
-            if len(owner) != len(given):
-                raise ValueError(f"{len(given)} pictures or windows for {len(owner)} rows that have one: give {name}.")
-        if len(owner) != len(given) or bool((owner.diff() < 0).any()):
-            raise ValueError(f"{name} must hold one row index for each of the {len(given)} entries, in rising order.")
-        rows = placeholders.any(dim=1).nonzero()[:, 0]
-        if not torch.equal(owner.unique_consecutive(), rows):
-            raise ValueError(
-                f"{name} names rows {owner.unique_consecutive().tolist()}, but rows {rows.tolist()} have placeholders."
-            )
-        return owner
-
     # -- one modality, as transformers' multimodal models have it ----------------------------------------------------
 
     @can_return_tuple
@@ -417,7 +399,7 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
         owner = torch.arange(len(features), device=features.device) if image_owner is None else image_owner
         return BaseModelOutputWithPooling(
             last_hidden_state=features,
-            pooler_output=self._encode_vision(None, features, owner, frame_positions),
+            pooler_output=self._encode_vision(features, owner, frame_positions),
             hidden_states=getattr(output, "hidden_states", None),
             attentions=getattr(output, "attentions", None),
         )
@@ -444,7 +426,7 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
         owner = torch.arange(len(features), device=features.device) if audio_owner is None else audio_owner
         return BaseModelOutputWithPooling(
             last_hidden_state=tokens,
-            pooler_output=self._encode_audio(None, features, owner)[:, None],
+            pooler_output=self._encode_audio(features, owner)[:, None],
             hidden_states=getattr(output, "hidden_states", None),
             attentions=getattr(output, "attentions", None),
         )
@@ -474,7 +456,22 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
         )
 
 
-# --- arithmetic of owners -------------------------------------------------------------------------------------------
+# --- towers and owners ---------------------------------------------------------------------------------------------
+
+
+def _checked_owners(owner: Tensor | None, count: int, placeholders: Tensor, name: str) -> Tensor:
+    """(N,) row of each entry, told from the (B, L) placeholders where each row has one entry and no owner is given."""
+    rows = placeholders.any(dim=1).nonzero()[:, 0]
+    if owner is None:
+        if len(rows) != count:
+            raise ValueError(f"{count} pictures or windows for {len(rows)} rows that have one: give {name}.")
+        return rows
+    if len(owner) != count or bool((owner.diff() < 0).any()):
+        raise ValueError(f"{name} must hold one row index for each of the {count} entries, in rising order.")
+    if not torch.equal(owner.unique_consecutive(), rows):
+        named = owner.unique_consecutive().tolist()
+        raise ValueError(f"{name} names rows {named}, but rows {rows.tolist()} have placeholders.")
+    return owner
 
 
 def _ranks(owner: Tensor) -> Tensor:
@@ -499,9 +496,17 @@ def _fill(embeds: Tensor, where: Tensor, tokens: Tensor, what: str) -> Tensor:
     return embeds.masked_scatter(where[..., None], tokens.to(embeds.dtype))
 
 
+def _run_tower(tower: Any, values: Tensor, field: str) -> Tensor:
+    """One field of a tower's output; without gradients on a CPU in batches that stay in its cache."""
+    values = values.to(next(tower.parameters()).dtype)
+    if torch.is_grad_enabled() or values.device.type != "cpu":
+        return tower(values)[field]
+    return torch.cat([tower(part)[field] for part in values.split(CPU_TOWER_BATCH)])
+
+
 def _call_tower(
-    tower: PreTrainedModel, values: Tensor, hidden_states: bool | None, attentions: bool | None, kwargs: dict[str, Any]
-) -> ModelOutput:
+    tower: Any, values: Tensor, hidden_states: bool | None, attentions: bool | None, kwargs: dict[str, Any]
+) -> Any:
     flags = {"output_hidden_states": hidden_states, "output_attentions": attentions}
     return tower(values, return_dict=True, **{name: flag for name, flag in flags.items() if flag is not None}, **kwargs)
 

@@ -168,7 +168,7 @@ class SailEmbeddingProcessor(ProcessorMixin):
         self, loaded: Sequence[LoadedItem], instruction: str = "", statuses: Sequence[ItemStatus] = ()
     ) -> BatchFeature:
         """Decoded items to one batch; the second half of ``__call__``. An empty list gives a batch of no rows."""
-        batch = self._assemble(loaded, [self.sequence(_layout(item), instruction) for item in loaded])
+        batch: Any = self._assemble(loaded, [self.sequence(_layout(item), instruction) for item in loaded])
         batch.statuses = list(statuses)
         return batch
 
