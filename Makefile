@@ -1,7 +1,8 @@
 # The two commands of the README do all set-up: `make demo` and `make test`.
 # Variables: PYTHON (3.11 or newer), SUBSET (items of the demo), PYTEST_ARGS.
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# The first that runs: a pyenv shim may be there without its version. 3.11 first: the constraints were tested on it.
+PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && command -v $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

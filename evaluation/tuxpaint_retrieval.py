@@ -173,17 +173,19 @@ def _speech_pairs(rows: Rows, sounds: FeatureCache) -> list[tuple[str, str]]:
 
 
 def text_encoder(model: SailEmbeddingModel, processor: SailEmbeddingProcessor) -> Any:
-    """The published text backbone: mean of its last states, normalised, no tanh, no prompt."""
+    """The published text backbone: mean of its last states, normalised, no tanh, no prompt. Each text is read once."""
+    known: dict[str, Tensor] = {}
 
     @torch.inference_mode()
     def encode(texts: list[str]) -> Tensor:
-        parts = []
-        for start in range(0, len(texts), 64):
-            batch = processor.tokenizer(texts[start : start + 64], padding=True, truncation=True, return_tensors="pt")
+        new = sorted({text for text in texts if text not in known}, key=len)  # of one length, little padding
+        for start in range(0, len(new), 64):
+            part = new[start : start + 64]
+            batch = processor.tokenizer(part, padding=True, truncation=True, return_tensors="pt")
             hidden = model.text_tower(**batch).last_hidden_state
             mask = batch["attention_mask"][..., None]
-            parts.append((hidden * mask).sum(dim=1) / mask.sum(dim=1))
-        return F.normalize(torch.cat(parts), dim=-1)
+            known.update(zip(part, F.normalize((hidden * mask).sum(dim=1) / mask.sum(dim=1), dim=-1), strict=True))
+        return torch.stack([known[text] for text in texts])
 
     return encode
 

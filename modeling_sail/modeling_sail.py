@@ -143,6 +143,16 @@ class SailEmbeddingPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False, so that missing weights are initialised whole.
+
+        For custom code transformers passes over modules without parameters of their own, and Whisper's encoder is one:
+        its sinusoids would stay random. The rule guards against code that writes weights without
+        ``transformers.initialization``; this family has none.
+        """
+        return False
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -446,6 +456,7 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
             attention_mask,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            return_dict=True,  # the configuration may ask for tuples
             **kwargs,
         )
         return BaseModelOutputWithPooling(
