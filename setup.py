@@ -19,7 +19,7 @@ for folder in MAPPED:
 
 TRAIN = ["accelerate>=1.1", "resvg-py>=0.3"]
 EVAL = ["accelerate>=1.1", "mteb>=2.0", "resvg-py>=0.3"]
-TEST = ["hypothesis>=6", "mypy>=1.8", "pytest>=8", "ruff>=0.6", "setuptools>=68", "wheel>=0.40"]
+TEST = ["hypothesis>=6", "mypy>=1.8", "parameterized>=0.9", "pytest>=8", "ruff>=0.6", "setuptools>=68", "wheel>=0.40"]
 
 setup(
     name="sail-embedding",

@@ -200,6 +200,19 @@ def test_building_an_unknown_preset_or_an_incomplete_model_is_refused(tmp_path) 
         build_module.build("huge", tmp_path)
 
 
+def test_a_tokenizer_without_a_spare_token_gets_two_new_ones() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "cat": 2}, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]", pad_token="[UNK]")
+    image = build_module._placeholder(tokenizer, build_module.IMAGE_TOKENS)
+    audio = build_module._placeholder(tokenizer, build_module.AUDIO_TOKENS)
+    assert tokenizer.convert_tokens_to_ids([image, audio]) == [3, 4]
+    assert tokenizer(f"a{image}cat", add_special_tokens=False)["input_ids"] == [1, 3, 2]
+
+
 def test_at_most_three_rows_share_a_title() -> None:
     rows = [{"title": title} for title in ("A cat", "cat", "cat!", "the cat", "dog")]
     assert [row["title"] for row in mini.few_per_title(rows)] == ["A cat", "cat", "cat!", "dog"]

@@ -157,9 +157,7 @@ def _placeholder(tokenizer: PreTrainedTokenizerBase, candidates: Sequence[str]) 
     for token in candidates:
         if token in vocabulary:
             return token
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": [candidates[0]]}, replace_additional_special_tokens=False
-    )
+    tokenizer.add_tokens([candidates[0]], special_tokens=True)
     return candidates[0]
 
 

@@ -225,8 +225,10 @@ def main(arguments: list[str] | None = None) -> int:
     counts = Counter(outcome for outcome, _ in table.results.values())
     excused = sum(row[0] == "exception" for row in rows)
     print(f"transformers {VERSION} ModelTesterMixin on SailEmbeddingModel")
-    print(f"| passed {counts['passed']} | skipped {counts['skipped']} | failed {counts['failed'] - excused} "
-          f"| exceptions {excused} |")
+    print(
+        f"| passed {counts['passed']} | skipped {counts['skipped']} | failed {counts['failed'] - excused} "
+        f"| exceptions {excused} |"
+    )
     return 0 if good else 1
 
 
