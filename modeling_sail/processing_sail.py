@@ -22,7 +22,7 @@ from .configuration_sail import AUDIO, PAD, PROMPT, TEXT, VISION
 from .items_sail import IMPORTANCE_ORDER, ItemStatus, LoadedItem, LoadOptions, load_items, render_texts
 
 if TYPE_CHECKING:  # never run: it makes `save_pretrained` carry the file to the Hub, where modules.json names it
-    pass
+    from .sentence_transformer_sail import SailSentenceTransformer  # noqa: F401
 
 TASKS = ("i2i", "q2i", "cls")
 SIDES = ("query", "target")
