@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  the field's own abbreviation
 
 from ..modeling_sail import SailEmbeddingModel
-from ..processing_sail import SailEmbeddingProcessor
 from ..training.build import load_built
 from ..training.data.tuxpaint import name_key
 from ..training.feature_cache import FeatureCache
 from ..training.mini import cache_features, load_sources, teacher_probabilities
 from ..training.pairs import CachedCollator, Item
 from ..training.towers import imagenet_class_names
+from ..training.warm_start import text_encoder
 from .metrics import recall_at
 
 Rows = list[dict[str, Any]]
@@ -170,24 +170,6 @@ def _picture_pairs(rows: Rows, images: FeatureCache) -> list[tuple[str, str]]:
 def _speech_pairs(rows: Rows, sounds: FeatureCache) -> list[tuple[str, str]]:
     spoken = [(path, row["names"].get(language)) for row in rows for language, path in row.get("speech", {}).items()]
     return [(path, name) for path, name in spoken if name and path in sounds]
-
-
-def text_encoder(model: SailEmbeddingModel, processor: SailEmbeddingProcessor) -> Any:
-    """The published text backbone: mean of its last states, normalised, no tanh, no prompt. Each text is read once."""
-    known: dict[str, Tensor] = {}
-
-    @torch.inference_mode()
-    def encode(texts: list[str]) -> Tensor:
-        new = sorted({text for text in texts if text not in known}, key=len)  # of one length, little padding
-        for start in range(0, len(new), 64):
-            part = new[start : start + 64]
-            batch = processor.tokenizer(part, padding=True, truncation=True, return_tensors="pt")
-            hidden = model.text_tower(**batch).last_hidden_state
-            mask = batch["attention_mask"][..., None]
-            known.update(zip(part, F.normalize((hidden * mask).sum(dim=1) / mask.sum(dim=1), dim=-1), strict=True))
-        return torch.stack([known[text] for text in texts])
-
-    return encode
 
 
 # --- the run --------------------------------------------------------------------------------------------------------

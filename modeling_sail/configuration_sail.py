@@ -34,6 +34,11 @@ class SailEmbeddingConfig(PretrainedConfig):
         perceiver_heads: attention heads of a block; divides ``latent_size``.
         max_frames: pictures and frames of one item that have a position; more are an error.
         latents_per_frame: True gives every frame its own ``num_latents`` tokens (the paper leaves this open).
+        shortcut_size: hidden width of the shortcut from the mean visual token to the backbone, beside the perceiver; 0
+            leaves it out, as the paper does. It learns from few samples what the perceiver then refines. Above 0 the
+            audio adapter gets a token decoder too.
+        shortcut_memory: concepts that the shortcut remembers, for example the classes of the tower's classifier; above
+            0 where ``shortcut_size`` is.
         audio_pooling: how the tower's output becomes one vector a window: "mean", "attention" (a learned query),
             or "pooler" (the tower's own ``pooler_output``, as CLAP has it).
         audio_window_seconds: the tower's window; the processor repeats or cuts sound to it.
@@ -64,6 +69,8 @@ class SailEmbeddingConfig(PretrainedConfig):
         perceiver_heads: int = 16,
         max_frames: int = 64,
         latents_per_frame: bool = False,
+        shortcut_size: int = 0,
+        shortcut_memory: int = 0,
         audio_pooling: str = "mean",
         audio_window_seconds: float = 10.0,
         matryoshka_dims: list[int] | None = None,
@@ -86,6 +93,8 @@ class SailEmbeddingConfig(PretrainedConfig):
         self.perceiver_heads = perceiver_heads
         self.max_frames = max_frames
         self.latents_per_frame = latents_per_frame
+        self.shortcut_size = shortcut_size
+        self.shortcut_memory = shortcut_memory
         self.audio_pooling = audio_pooling
         self.audio_window_seconds = audio_window_seconds
         self.matryoshka_dims = matryoshka_dims or [self.text_config.hidden_size]
@@ -116,6 +125,10 @@ class SailEmbeddingConfig(PretrainedConfig):
             self.perceiver_heads,
             f"a divisor of latent_size={self.latent_size}",
         )
+        _require(self.shortcut_size >= 0, "shortcut_size", self.shortcut_size, "an integer >= 0")
+        memory = "an integer >= 1 where shortcut_size is above 0, else 0"
+        holds = self.shortcut_memory >= 0 and (self.shortcut_memory > 0) == (self.shortcut_size > 0)
+        _require(holds, "shortcut_memory", self.shortcut_memory, memory)
         _require(self.audio_pooling in AUDIO_POOLINGS, "audio_pooling", self.audio_pooling, f"one of {AUDIO_POOLINGS}")
         _require(self.audio_window_seconds > 0, "audio_window_seconds", self.audio_window_seconds, "seconds > 0")
         for name, value in self.temperatures.items():
@@ -200,8 +213,10 @@ _TINY: dict[str, Any] = {
 }
 
 _MINI: dict[str, Any] = {
-    "latent_size": 192,
-    "perceiver_heads": 6,
+    "latent_size": 128,
+    "perceiver_heads": 4,
+    "shortcut_size": 640,
+    "shortcut_memory": 1000,  # the classes of ImageNet, which the vision tower's classifier knows
     "audio_pooling": "attention",
     "audio_window_seconds": 5.0,
     "matryoshka_dims": [128, 256, 384],

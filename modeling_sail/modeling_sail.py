@@ -19,7 +19,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_sail import AUDIO, MODALITIES, PAD, PROMPT, SEGMENT_OF, TEXT, VISION, SailEmbeddingConfig
-from .perceiver_sail import VisualPerceiver
+from .perceiver_sail import TokenDecoder, VisualPerceiver
 
 # Two towers that AutoModel cannot build alone: Whisper maps to the whole model, CLAP's audio side to nothing.
 TOWER_CLASSES: dict[str, Any] = {"whisper": WhisperEncoder, "clap_audio_model": ClapAudioModel}
@@ -66,9 +66,15 @@ class AudioAdapter(nn.Module):
         self.norm = nn.LayerNorm(input_size)
         self.up = nn.Linear(input_size, 2 * config.hidden_size)
         self.down = nn.Linear(2 * config.hidden_size, config.hidden_size)
+        self.decoder = TokenDecoder(config.hidden_size) if config.shortcut_size else None
 
     def forward(self, features: Tensor, group: Tensor) -> Tensor:
         """(M, T, A) features of M windows and (M,) rising item indices below G -> (G, D) tokens."""
+        projected = self.project(features, group)
+        return projected if self.decoder is None else self.decoder(nn.functional.normalize(projected, dim=-1))
+
+    def project(self, features: Tensor, group: Tensor) -> Tensor:
+        """As `forward`, but without the decoder: (G, D)."""
         pooled = self._pool(features)  # (M, A)
         windows = torch.bincount(group)  # (G,)
         total = pooled.new_zeros(len(windows), pooled.shape[1]).index_add(0, group, pooled)

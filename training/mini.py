@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainingArguments, get_cosine_schedule_with_warmup
 
@@ -36,6 +36,7 @@ from .feature_cache import FeatureCache, tower_features
 from .pairs import CachedCollator, Item, PairBatches, PairDataset, Row
 from .towers import imagenet_class_names, load_lite0_classifier
 from .trainer import ContrastiveTrainer
+from .warm_start import into_tokens, text_encoder, warm_audio, warm_vision
 
 logger = logging.getLogger(__name__)
 
@@ -204,6 +205,48 @@ def teacher_probabilities(images: FeatureCache, paths: Iterable[str], temperatur
     return {path: ((weight @ mean + bias) / temperature).softmax(dim=0) for path, mean in features.items()}
 
 
+# --- warm start ---------------------------------------------------------------------------------------------------
+
+
+def warm_up(
+    model: SailEmbeddingModel,
+    processor: SailEmbeddingProcessor,
+    sources: dict[str, list[dict[str, Any]]],
+    images: FeatureCache,
+    sounds: FeatureCache,
+    teacher: dict[str, Tensor],
+) -> None:
+    """Bring the connectors from noise to useful tokens (warm_start.py), on the rows that `mini_datasets` trains on."""
+    encode = text_encoder(model, processor)
+    rows = [row for name in (*["tuxpaint"] * 6, "openclipart", "emoji") for row in sources[name]]
+    rows = [row for row in rows if row["image"] in images]
+    named = [_texts_of(row) for row in rows]
+    pictures = torch.stack([images[row["image"]][0].float().mean(dim=0) for row in rows])
+    captions = torch.stack([teacher[row["image"]] for row in rows]), encode(imagenet_class_names())
+    warm_vision(model.perceiver.shortcut, pictures, named, encode, captions, load_lite0_classifier())
+    clips = [
+        (path, [said_name(row, language)] * 2 + [row["names"]["en"]], row["image"])
+        for name in ("tuxpaint", "emoji")
+        for row in sources[name]
+        for language, path in row["speech"].items()
+        if path in sounds
+    ]
+    windows = torch.stack([sounds[path][0] for path, _, _ in clips])
+    said = [texts for _, texts, _ in clips]
+    warm_audio(model.audio_adapter, windows, said, encode)
+    place = {row["image"]: index for index, row in enumerate(rows)}
+    pairs = torch.tensor([(place[picture], index) for index, (_, _, picture) in enumerate(clips) if picture in place])
+    known = sorted({text for part in (*named, *said) for text in part} | set(imagenet_class_names()))
+    into_tokens(model, processor, pictures, windows, pairs, known, encode)
+
+
+def _texts_of(row: dict[str, Any]) -> list[str]:
+    """What a picture may be called; a title or name more often than a tag."""
+    if "title" in row:
+        return [row["title"]] * 2 + row["tags"][:6]
+    return [row["names"]["en"]] * 3 + row.get("tags", [])[:6]
+
+
 # --- training -------------------------------------------------------------------------------------------------------
 
 
@@ -211,11 +254,14 @@ def trainable(model: SailEmbeddingModel, text_layers: int) -> list[dict[str, Any
     """Freeze the towers but the backbone's last layers; the parameter groups and learning rates of what is left."""
     model.requires_grad_(False)
     new = [model.perceiver, model.audio_adapter, model.temperatures]
+    fitted = [module for name, module in model.perceiver.shortcut.named_children() if name != "decoder"]
     top = list(model.text_tower.encoder.layer[len(model.text_tower.encoder.layer) - text_layers :])
     for module in (*new, *top):
         module.requires_grad_(True)
-    groups = [{"params": list(module.parameters()), "lr": 1e-3} for module in new]
-    return groups + [{"params": list(layer.parameters()), "lr": 1e-4} for layer in top]
+    for module in fitted:  # by the warm start; a few hundred names would only be learned by heart
+        module.requires_grad_(False)
+    groups = [{"params": [p for p in module.parameters() if p.requires_grad], "lr": 1e-4} for module in new]
+    return groups + [{"params": list(layer.parameters()), "lr": 2e-5} for layer in top]
 
 
 def train(
@@ -269,7 +315,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/mini"), help="caches, checkpoints, log")
     parser.add_argument("--out", type=Path, default=WEIGHTS / "mini", help="where the trained tensors go")
-    parser.add_argument("--steps", type=int, default=1300)
+    parser.add_argument("--steps", type=int, default=400, help="of joint training, after the warm start")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--text-layers", type=int, default=2, help="last layers of the backbone that train too")
     parser.add_argument("--seed", type=int, default=0)
@@ -285,11 +331,20 @@ def main(arguments: list[str] | None = None) -> None:
         return
     base = assemble("mini")[0]
     pictures = [row["image"] for name in ("tuxpaint", "openclipart", "emoji") for row in sources[name]]
-    datasets = mini_datasets(sources, images, sounds, teacher_probabilities(images, pictures))
+    teacher = teacher_probabilities(images, pictures)
+    datasets = mini_datasets(sources, images, sounds, teacher)
     collate = CachedCollator(processor, images, sounds)
     batches = PairBatches(datasets, collate, args.batch_size, args.seed)
     model.vision_tower = model.audio_tower = None  # the cache stands for them, and checkpoints stay small
-    train(model, batches, trainable(model, args.text_layers), args)
+    groups = trainable(model, args.text_layers)
+    warm = args.work / "warm.safetensors"
+    if not warm.exists():
+        random.seed(args.seed)
+        warm_up(model.eval(), processor, sources, images, sounds, teacher)
+        save_file(model.state_dict(), warm.with_suffix(".partial"))
+        warm.with_suffix(".partial").replace(warm)
+    model.load_state_dict(load_file(warm))
+    train(model, batches, groups, args)
     model.vision_tower, model.audio_tower = base.vision_tower, base.audio_tower
     notes = {
         "recipe": {name: value for name, value in vars(args).items() if name in ("steps", "batch_size", "text_layers")},
