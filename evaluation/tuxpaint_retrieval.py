@@ -20,10 +20,12 @@ from torch.nn import functional as F  # noqa: N812  the field's own abbreviation
 
 from ..modeling_sail import SailEmbeddingModel
 from ..training.build import load_built
+from ..training.collate import Collator
+from ..training.data.mini_pairs import load_sources, teacher_probabilities
 from ..training.data.tuxpaint import name_key
 from ..training.feature_cache import FeatureCache
-from ..training.mini import cache_features, load_sources, teacher_probabilities
-from ..training.pairs import CachedCollator, Item
+from ..training.mini import cache_features
+from ..training.rows import Item
 from ..training.towers import imagenet_class_names
 from ..training.warm_start import text_encoder
 from .metrics import recall_at
@@ -78,12 +80,12 @@ def _same(queries: Sequence[str], candidates: Sequence[str]) -> Tensor:
 
 @torch.inference_mode()
 def embed(
-    model: SailEmbeddingModel, collate: CachedCollator, items: list[Item], task: str | None, side: str, size: int = 64
+    model: SailEmbeddingModel, collate: Collator, items: list[Item], task: str | None, side: str, size: int = 64
 ) -> Tensor:
     """(N, D) normalised embeddings from cached tower features."""
     instruction = collate.processor.instruction_for(task, side)
     parts = [
-        model(**collate.side(items[start : start + size], instruction)).embeddings
+        model(**collate.encode_items(items[start : start + size], instruction)).embeddings
         for start in range(0, len(items), size)
     ]
     return F.normalize(torch.cat(parts), dim=-1)
@@ -176,7 +178,7 @@ def _speech_pairs(rows: Rows, sounds: FeatureCache) -> list[tuple[str, str]]:
 
 
 def evaluate(
-    model: SailEmbeddingModel, collate: CachedCollator, baseline: LinearBaseline | None, rows: Rows
+    model: SailEmbeddingModel, collate: Collator, baseline: LinearBaseline | None, rows: Rows
 ) -> list[dict[str, Any]]:
     """One result for each task: sizes, and R@1 and R@10 of the model and of the baseline."""
     results = []
@@ -201,14 +203,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="JSON of the results")
     args = parser.parse_args(arguments)
     model, processor = load_built(args.model)
-    sources = load_sources(args.work)
-    images, sounds = cache_features(model, processor, sources, args.work)
+    sources = load_sources()
+    images, sounds = cache_features(model, processor, args.work)
     for row in (row for part in sources.values() for row in part):
         row["speech"] = {language: path for language, path in row.get("speech", {}).items() if path in sounds}
     from ..training.build import assemble  # the baseline reads the backbone as it was before training
 
     baseline = LinearBaseline(text_encoder(assemble("mini")[0], processor), images, sounds, sources)
-    results = evaluate(model, CachedCollator(processor, images, sounds), baseline, sources["test"])
+    results = evaluate(model, Collator(processor, images, sounds), baseline, sources["test"])
     for result in results:
         print("  ".join(f"{value:>40}" if name == "task" else f"{name} {value}" for name, value in result.items()))
     if args.out:

@@ -96,6 +96,7 @@ class Temperatures(nn.Module):
 
     def __init__(self, config: SailEmbeddingConfig) -> None:
         super().__init__()
+        self.known = config.temperatures
         self.names = list(config.temperatures)
         self.log = nn.Parameter(torch.tensor(list(config.temperatures.values())).log())
 
@@ -104,6 +105,14 @@ class Temperatures(nn.Module):
         if name not in self.names:
             raise ValueError(f"No temperature for dataset {name!r}; the configuration has {self.names}.")
         return self.log[self.names.index(name)].float().exp()
+
+    def add(self, initial: dict[str, float]) -> None:
+        """Give datasets that have no temperature yet their initial one; what was learned for the others stays."""
+        new = {name: value for name, value in initial.items() if name not in self.names}
+        self.names += list(new)
+        self.known.update(new)  # the configuration's own mapping, so that a saved model has them too
+        values = torch.tensor(list(new.values()), dtype=self.log.dtype, device=self.log.device).log()
+        self.log = nn.Parameter(torch.cat([self.log.detach(), values]))
 
 
 def build_tower(config: PretrainedConfig) -> PreTrainedModel:
@@ -204,11 +213,18 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
         self.text_tower.set_input_embeddings(value)
 
     def train(self, mode: bool = True) -> SailEmbeddingModel:
-        """As in torch; a tower that is wholly frozen stays in eval mode, so that its batch norms do not move."""
+        """As in torch, with two exceptions.
+
+        A tower that is wholly frozen stays in eval mode, so that it has no dropout; and batch norms keep the statistics
+        that they were published with, so that an item's vector never depends on its batch.
+        """
         super().train(mode)
         for tower in (self.text_tower, self.vision_tower, self.audio_tower):
             if tower is not None and not any(parameter.requires_grad for parameter in tower.parameters()):
                 tower.eval()
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
         return self
 
     # -- one item in, one vector out ---------------------------------------------------------------------------------
@@ -229,6 +245,7 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         output_modality_embeddings: bool = False,
         output_late_fusion: bool = False,
+        use_all_parts: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         **kwargs: Any,
@@ -247,6 +264,8 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
             audio_owner: (M,), the row that each window belongs to; may be absent like ``image_owner``.
             output_modality_embeddings: also ``vision_embeddings``, ``text_embeddings``, ``audio_embeddings``.
             output_late_fusion: also ``late_fusion_embeddings``.
+            use_all_parts: let every part of the model take part in the gradient, those that this batch does not need
+                with a blank input and times zero: ranks wait for each other's gradients of every part.
             output_hidden_states, output_attentions: of the backbone, as in transformers.
 
         Raises:
@@ -275,6 +294,8 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
         flags = {name: flag for name, flag in flags.items() if flag is not None}
         fused = self._fuse(embeds, (segments != PAD).long(), **flags, **kwargs)
         embeddings = self._pool(fused.last_hidden_state, segments)  # (B, D)
+        if use_all_parts:
+            embeddings = embeddings + self._unused_parts(image_features, audio_features, output_late_fusion)
         output = SailOutput(
             embeddings=embeddings,
             modality_mask=torch.stack([(segments == SEGMENT_OF[name]).any(dim=1) for name in MODALITIES], dim=1),
@@ -288,6 +309,30 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
         if output_late_fusion:
             output["late_fusion_embeddings"] = self._late_fusion(embeds, segments, embeddings)
         return output
+
+    def _unused_parts(self, image_features: Tensor | None, audio_features: Tensor | None, gate_used: bool) -> Tensor:
+        """Zero, with a gradient of zero for every part that a batch without pictures, sound or gate leaves out."""
+        total = self.temperatures.log.sum()
+        one = torch.zeros(1, dtype=torch.long, device=total.device)
+        if self.vision_tower is not None and _trains(self.vision_tower) and image_features is None:
+            size = getattr(self.config.vision_config, "image_size", 32)
+            height, width = size if isinstance(size, (tuple, list)) else (size, size)
+            channels = getattr(self.config.vision_config, "num_channels", 3)
+            image_features = self.vision_features(total.new_zeros(1, channels, height, width))
+            total = total + self._encode_vision(image_features, one, None).sum()
+        elif self.perceiver is not None and image_features is None:
+            blank = total.new_zeros(1, 1, tower_width(self.config.vision_config))
+            total = total + self._encode_vision(blank, one, None).sum()
+        if self.audio_tower is not None and _trains(self.audio_tower) and audio_features is None:
+            audio_features = self.audio_features(_blank_window(self.config.audio_config).to(total.device))
+            total = total + self._encode_audio(audio_features, one).sum()
+        elif self.audio_adapter is not None and audio_features is None:
+            blank = total.new_zeros(1, 1, tower_width(self.config.audio_config))
+            total = total + self._encode_audio(blank, one).sum()
+        if self.late_fusion_gate is not None and not gate_used:
+            gate = self.late_fusion_gate
+            total = total + gate(torch.zeros(1, gate.in_features, dtype=gate.weight.dtype, device=total.device)).sum()
+        return 0.0 * total.float()
 
     # -- towers ------------------------------------------------------------------------------------------------------
 
@@ -519,6 +564,17 @@ def _run_tower(tower: Any, values: Tensor, field: str) -> Tensor:
     if torch.is_grad_enabled() or values.device.type != "cpu":
         return tower(values)[field]
     return torch.cat([tower(part)[field] for part in values.split(CPU_TOWER_BATCH)])
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _blank_window(config: PretrainedConfig) -> Tensor:
+    """One window of silence as the audio tower takes it: Whisper's mels by time, CLAP's time by mels."""
+    if config.model_type == "clap_audio_model":
+        return torch.zeros(1, 1, config.spec_size**2 // config.num_mel_bins, config.num_mel_bins)
+    return torch.zeros(1, config.num_mel_bins, 2 * config.max_source_positions)
 
 
 def _call_tower(

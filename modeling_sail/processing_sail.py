@@ -168,11 +168,12 @@ class SailEmbeddingProcessor(ProcessorMixin):
         self, loaded: Sequence[LoadedItem], instruction: str = "", statuses: Sequence[ItemStatus] = ()
     ) -> BatchFeature:
         """Decoded items to one batch; the second half of ``__call__``. An empty list gives a batch of no rows."""
-        batch: Any = self._assemble(loaded, [self.sequence(_layout(item), instruction) for item in loaded])
+        batch: Any = self.assemble(loaded, [self.sequence(layout_of(item), instruction) for item in loaded])
         batch.statuses = list(statuses)
         return batch
 
-    def _assemble(self, loaded: Sequence[LoadedItem], sequences: Sequence[tuple[list[int], list[int]]]) -> BatchFeature:
+    def assemble(self, loaded: Sequence[LoadedItem], sequences: Sequence[tuple[list[int], list[int]]]) -> BatchFeature:
+        """Decoded items and the sequence of each to one batch."""
         data = self.pad(sequences)
         data |= self._pictures([(*item.images, *item.frames) for item in loaded])
         data |= self._windows([item.audio for item in loaded])
@@ -187,9 +188,9 @@ class SailEmbeddingProcessor(ProcessorMixin):
             The places of the batch's items in ``loaded``, and the batch. Pictures and sounds of a batch are turned into
             tensors only when it is asked for.
         """
-        sequences = [self.sequence(_layout(item), instruction) for item in loaded]
+        sequences = [self.sequence(layout_of(item), instruction) for item in loaded]
         for places in token_batches([len(ids) for ids, _ in sequences], token_budget or TOKEN_BUDGET):
-            yield places, self._assemble([loaded[place] for place in places], [sequences[place] for place in places])
+            yield places, self.assemble([loaded[place] for place in places], [sequences[place] for place in places])
 
     @property
     def model_input_names(self) -> list[str]:
@@ -398,7 +399,8 @@ def token_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     return batches
 
 
-def _layout(item: LoadedItem) -> Layout:
+def layout_of(item: LoadedItem) -> Layout:
+    """What the sequence of a decoded item holds."""
     return Layout(item.texts, len(item.images) + len(item.frames), item.audio is not None)
 
 

@@ -1,4 +1,4 @@
-"""Losses against closed forms."""
+"""Graded pairs and teachers' preferences: closed forms, and the plain sums over pairs."""
 
 from __future__ import annotations
 
@@ -6,79 +6,96 @@ import math
 
 import pytest
 import torch
-from modeling_sail.training.losses import info_nce, matryoshka_nce
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from modeling_sail.training.losses import cosent, listwise_divergence, ranknet
+from torch.nn import functional as F  # noqa: N812  the field's own abbreviation
 
 
-def test_uniform_scores_give_the_logarithm_of_the_number_of_targets() -> None:
-    ones = torch.ones(5, 4)
-    assert info_nce(ones, torch.ones(8, 4), temperature=0.1).item() == pytest.approx(math.log(8), abs=1e-6)
+def plain_cosent(cosine, scores, temperature):
+    """The sum over pairs of pairs, as the paper writes it."""
+    total = 1 + 0 * cosine.sum()
+    for i in range(len(cosine)):
+        for j in range(len(cosine)):
+            if scores[i] > scores[j]:
+                total = total + ((cosine[j] - cosine[i]) / temperature).exp()
+    return total.log()
 
 
-def test_two_orthogonal_pairs_have_a_closed_form() -> None:
-    eye = torch.eye(2)
-    expected = math.log(1 + math.exp(-1 / 0.5))
-    assert info_nce(eye, eye, temperature=0.5).item() == pytest.approx(expected, abs=1e-6)
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.floats(-1, 1), st.integers(0, 3)), min_size=1, max_size=9))
+def test_cosent_equals_the_sum_over_pairs_of_pairs_with_ties(rows) -> None:
+    cosine = torch.tensor([row[0] for row in rows], dtype=torch.float64, requires_grad=True)
+    scores = torch.tensor([float(row[1]) for row in rows])
+    found, wanted = cosent(cosine, scores, temperature=0.2), plain_cosent(cosine, scores, 0.2)
+    torch.testing.assert_close(found, wanted, atol=1e-10, rtol=1e-10)
+    one, other = (torch.autograd.grad(value, cosine, allow_unused=True)[0] for value in (found, wanted))
+    torch.testing.assert_close(one, torch.zeros_like(one) if other is None else other, atol=1e-9, rtol=1e-9)
 
 
-def test_length_does_not_matter_and_offset_moves_the_positive() -> None:
-    generator = torch.Generator().manual_seed(0)
-    query, target = torch.randn(3, 6, generator=generator), torch.randn(7, 6, generator=generator)
-    shifted = info_nce(query, torch.cat([torch.zeros(2, 6) + 1e-3, target]), temperature=0.2, offset=2)
-    scaled = info_nce(query * 9, torch.cat([torch.zeros(2, 6) + 1e-3, target]) * 4, temperature=0.2, offset=2)
-    torch.testing.assert_close(shifted, scaled)
-
-
-def test_targets_with_the_positives_id_are_no_negatives() -> None:
-    query = torch.eye(3)
-    target = torch.stack([query[0], query[0], query[2]])
-    ids = torch.tensor([4, 4, 9])
-    masked = info_nce(query[:1], target, temperature=0.5, target_ids=ids)
-    expected = info_nce(query[:1], target[[0, 2]], temperature=0.5)
-    torch.testing.assert_close(masked, expected)
-    assert info_nce(query[:1], target, temperature=0.5) > masked
-
-
-def test_matryoshka_is_the_sum_over_prefixes() -> None:
-    generator = torch.Generator().manual_seed(1)
-    query, target = torch.randn(4, 8, generator=generator), torch.randn(4, 8, generator=generator)
-    total = matryoshka_nce(query, target, dims=[2, 8], temperature=0.1)
-    parts = info_nce(query[:, :2], target[:, :2], temperature=0.1) + info_nce(query, target, temperature=0.1)
-    torch.testing.assert_close(total, parts)
-
-
-def test_gradients_reach_everything_and_point_the_right_way() -> None:
-    generator = torch.Generator().manual_seed(2)
-    query = torch.randn(4, 8, generator=generator, requires_grad=True)
-    target = torch.randn(4, 8, generator=generator, requires_grad=True)
-    temperature = torch.tensor(0.1, requires_grad=True)
-    loss = matryoshka_nce(query, target, dims=[4, 8], temperature=temperature)
+def test_cosent_of_two_pairs_has_a_closed_form_and_pushes_the_right_way() -> None:
+    cosine = torch.tensor([0.2, 0.5], requires_grad=True)
+    loss = cosent(cosine, torch.tensor([1.0, 0.0]), temperature=0.1)
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(3)), rel=1e-6)
     loss.backward()
-    assert query.grad.any()
-    assert target.grad.any()
-    assert temperature.grad != 0
-    with torch.no_grad():
-        better = matryoshka_nce(query - 0.05 * query.grad, target, dims=[4, 8], temperature=temperature)
-    assert better < loss
+    assert cosine.grad[0] < 0 < cosine.grad[1]
 
 
-def test_half_precision_is_computed_in_float32() -> None:
-    query = torch.randn(4, 8).half()
-    assert info_nce(query, query, temperature=0.05).dtype == torch.float32
+def test_cosent_does_not_overflow() -> None:
+    cosine = torch.tensor([-1.0, 1.0] * 50, requires_grad=True)
+    loss = cosent(cosine, torch.tensor([1.0, 0.0] * 50), temperature=0.001)
+    loss.backward()
+    assert loss.isfinite()
+    assert cosine.grad.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    ("query", "target", "offset", "message"),
-    [
-        ((2, 3), (2, 4), 0, "must be"),
-        ((2, 3), (2, 3), 1, "do not lie within"),
-        ((2, 3), (1, 3), 0, "do not lie within"),
-    ],
-)
-def test_sizes_that_do_not_fit_are_refused(query, target, offset, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        info_nce(torch.ones(query), torch.ones(target), temperature=0.1, offset=offset)
+def test_equal_scores_are_no_order() -> None:
+    assert cosent(torch.randn(5), torch.ones(5)) == 0
 
 
-def test_dims_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"\[4, 16\]"):
-        matryoshka_nce(torch.ones(2, 8), torch.ones(2, 8), dims=[4, 16], temperature=0.1)
+@pytest.mark.parametrize("scores", [torch.ones(3), torch.tensor([1.0, float("nan")])])
+def test_scores_that_do_not_fit_are_refused(scores) -> None:
+    with pytest.raises(ValueError, match=r"\(B,\)|NaN"):
+        cosent(torch.ones(2), scores)
+
+
+def test_listwise_is_torchs_divergence_where_all_candidates_are_there() -> None:
+    generator = torch.Generator().manual_seed(0)
+    cosine, scores = torch.randn(4, 5, generator=generator), torch.randn(4, 5, generator=generator)
+    found = listwise_divergence(cosine, scores, torch.ones(4, 5).bool(), temperature=0.3, teacher_temperature=0.7)
+    student, teacher = (cosine / 0.3).log_softmax(1), (scores / 0.7).softmax(1)
+    torch.testing.assert_close(found, F.kl_div(student, teacher, reduction="batchmean"))
+
+
+def test_a_model_that_agrees_with_its_teacher_has_no_divergence() -> None:
+    scores = torch.tensor([[2.0, -1.0, 0.5]])
+    mask = torch.ones(1, 3).bool()
+    assert listwise_divergence(scores * 0.05, scores, mask) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_missing_candidates_change_nothing_and_lone_ones_say_nothing() -> None:
+    cosine = torch.tensor([[0.1, 0.4, 9.0], [0.3, 0.0, 0.0]], requires_grad=True)
+    scores = torch.tensor([[1.0, 0.0, float("nan")], [1.0, float("nan"), float("nan")]])
+    mask = scores.isfinite()
+    for loss in (listwise_divergence, ranknet):
+        found = loss(cosine, torch.where(mask, scores, 0.0), mask)
+        alone = loss(cosine[:1, :2], scores[:1, :2], mask[:1, :2])
+        torch.testing.assert_close(found, alone)
+        gradient = torch.autograd.grad(found, cosine)[0]
+        assert gradient[0, :2].any()
+        assert not gradient[0, 2] and not gradient[1].any()
+
+
+def test_ranknet_has_closed_forms() -> None:
+    mask = torch.ones(1, 3).bool()
+    scores = torch.tensor([[3.0, 2.0, 1.0]])
+    assert ranknet(torch.zeros(1, 3), scores, mask).item() == pytest.approx(math.log(2))
+    two = ranknet(torch.tensor([[0.1, 0.3]]), scores[:, :2], mask[:, :2], temperature=0.1)
+    assert two.item() == pytest.approx(math.log(1 + math.exp(2)), rel=1e-6)
+    assert ranknet(torch.zeros(1, 3), torch.ones(1, 3), mask) == 0
+
+
+def test_candidates_that_do_not_fit_are_refused() -> None:
+    for loss in (listwise_divergence, ranknet):
+        with pytest.raises(ValueError, match=r"must all be \(B, C\)"):
+            loss(torch.ones(2, 3), torch.ones(2, 2), torch.ones(2, 3).bool())

@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -20,6 +22,7 @@ from tqdm.auto import tqdm
 from ..items_sail import ItemStatus
 from ..modeling_sail import SailEmbeddingModel
 from ..processing_sail import SailEmbeddingProcessor
+from .rows import RowError
 
 BLOCK = 64  # entries of a file: small enough to lose, large enough not to make thousands of files
 
@@ -99,3 +102,48 @@ def tower_features(
         return list(features.split(torch.bincount(owner).tolist())), statuses
 
     return compute
+
+
+def cache_media(
+    model: SailEmbeddingModel, processor: SailEmbeddingProcessor, datasets: Iterable[Any], folder: Path
+) -> tuple[FeatureCache, FeatureCache]:
+    """Tower features of every picture and sound of training datasets; resumes where it was stopped.
+
+    Args:
+        model, processor: with the towers that are frozen.
+        datasets: `rows.TrainingDataset`; a source may name its files itself, as ``images`` and ``sounds``. Otherwise
+            its items' ``image`` and ``audio`` must be paths.
+        folder: of the caches.
+
+    Raises:
+        ValueError: a dataset is streamed.
+    """
+    images, sounds = FeatureCache(folder / "images"), FeatureCache(folder / "sounds")
+    wanted: dict[str, list[str]] = {"image": [], "audio": []}
+    for dataset in datasets:
+        source = dataset.source
+        if hasattr(source, "images"):
+            wanted["image"] += source.images
+            wanted["audio"] += source.sounds
+            continue
+        if dataset.streamed:
+            raise ValueError(f"Dataset {dataset.name!r} is streamed; a feature cache needs all its rows at hand.")
+        for item in _items_of(dataset):
+            for name, paths in wanted.items():
+                if isinstance(item, dict) and isinstance(item.get(name), str):
+                    paths.append(item[name])
+    if wanted["image"]:
+        model.vision_tower.to(memory_format=torch.channels_last)
+        images.add(wanted["image"], tower_features(model, processor, "image"), "pictures")
+    sounds.add(wanted["audio"], tower_features(model, processor, "audio"), "sounds")
+    return images, sounds
+
+
+def _items_of(dataset: Any) -> Iterator[Any]:
+    """Every item of a dataset that can be read."""
+    for place in range(len(dataset.source)):
+        try:
+            row = dataset.read(place, random.Random(0))
+        except RowError:
+            continue  # it is reported when its batch is drawn
+        yield from (row.query, row.target, *row.negatives)

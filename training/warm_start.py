@@ -19,7 +19,7 @@ from ..configuration_sail import SEGMENT_OF
 from ..modeling_sail import AudioAdapter, SailEmbeddingModel
 from ..perceiver_sail import VisualShortcut
 from ..processing_sail import Layout, SailEmbeddingProcessor
-from .losses import info_nce
+from .contrastive import info_nce
 
 Encode = Callable[[list[str]], Tensor]
 

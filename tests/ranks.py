@@ -1,0 +1,92 @@
+"""What two gloo ranks do in tests: run by torchrun, writes its parameters for the one-process run to compare with.
+
+torchrun --nproc_per_node 2 -m tests.ranks CASE OUT
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from modeling_sail.training.build import build_tiny
+from modeling_sail.training.collate import Collator
+from modeling_sail.training.distributed import rank, world_size
+from modeling_sail.training.objective import TERMS, Objective
+from modeling_sail.training.rows import Row, TrainingDataset
+from modeling_sail.training.sampler import SpecializedBatches
+from modeling_sail.training.trainer import ContrastiveTrainer
+from transformers import TrainingArguments
+
+from .conftest import picture, sound
+
+EVERY_TERM = dict.fromkeys(TERMS, 0.5)
+
+
+def ragged_rows(kind: str = "mixed") -> list[Row]:
+    """Sixteen rows of every mixture; "halves": pictures and sounds in the first half of the rows alone."""
+    chooser = random.Random(0)
+    rows = []
+    for n in range(16):
+        media: dict[str, Any] = {"image": picture(n), "audio": sound(n)}
+        few = {name: value for name, value in media.items() if chooser.random() < 0.6 and (kind == "mixed" or n < 8)}
+        query = {"title": f"query {n} " * chooser.randint(1, 5), **few}
+        target = {"title": f"target {n // 2}", **({"image": picture(99 - n)} if "image" in few else {})}
+        negatives = tuple({"title": f"negative {n} {k}"} for k in range(n % 3))
+        scores = tuple(chooser.random() for _ in range(1 + len(negatives)))
+        rows.append(Row(f"r{n}", query, target, f"t{n // 2}", negatives, ("x",) * len(negatives), n / 16, scores))
+    return rows
+
+
+def trainer(folder: Path, steps: int = 3, kind: str = "mixed", batch_size: int = 16, **options: Any) -> Any:
+    """A trainer of the tiny model on the sixteen rows, all alike but for the options."""
+    torch.manual_seed(0)
+    model, processor = build_tiny()
+    torch.manual_seed(1)
+    patterns = ("ITC", "IIC", "TTC", "OOC", "ATC")
+    dataset = TrainingDataset("default", ragged_rows(kind), tasks=("i2i",), patterns=patterns)
+    batches = SpecializedBatches(
+        [dataset], Collator(processor), batch_size, seed=1, rank=rank(), world_size=world_size()
+    )
+    if kind == "halves":
+        batches._order = lambda index, epoch: torch.arange(16).numpy()
+    settings = {
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.1,
+        "save_strategy": "no",
+        **options.pop("arguments", {}),
+    }
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_steps=1,
+        **settings,
+    )
+    return ContrastiveTrainer(
+        model, arguments, objective=options.pop("objective", Objective(EVERY_TERM)), train_dataset=batches, **options
+    )
+
+
+def main() -> None:
+    """One rank."""
+    case, out = sys.argv[1], Path(sys.argv[2])
+    dist.init_process_group("gloo")
+    kind, _, budget = case.partition("-")
+    run = trainer(out.parent / "ranks", kind=kind, token_budget=int(budget) if budget else None)
+    run.train()
+    if rank() == 0:
+        losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+        torch.save({"model": run.accelerator.unwrap_model(run.model).state_dict(), "losses": losses}, out)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

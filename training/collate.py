@@ -1,0 +1,193 @@
+"""Rows to one batch of tensors: queries, targets and hard negatives as one flat list of items, encoded in one pass.
+
+Unusual: with feature caches, pictures and sounds are looked up instead of decoded, and the towers do not run. A row
+with an item that cannot be read is left out and reported; the batch is then smaller, on this rank alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..items_sail import FORMAT_ORDER, LoadedItem, clean_text
+from ..processing_sail import Layout, SailEmbeddingProcessor, layout_of
+from .feature_cache import FeatureCache
+from .patterns import LETTERS, parts_of
+from .rows import Item, Row, dropped_fields
+from .sampler import Draw
+
+QUERY, TARGET, NEGATIVE = 0, 1, 2  # NEGATIVE + k is the k-th hard negative
+
+
+class Entry(NamedTuple):
+    """One item of a batch: whose, in which role, and the item."""
+
+    row: int
+    slot: int
+    item: Item
+
+
+@dataclass
+class Prepared:
+    """An item before it is padded, or the reason why there is none."""
+
+    layout: Layout | None = None
+    loaded: LoadedItem | None = None
+    pictures: Tensor | None = None  # cached features (F, T, V)
+    sounds: Tensor | None = None  # cached features (W, T, A)
+    reason: str = ""
+
+    def parts(self) -> Tensor:
+        """(5,) booleans, as patterns.py has them."""
+        assert self.layout is not None
+        frames = bool(self.loaded and self.loaded.frames)
+        return parts_of(self.layout.num_images > 0, frames, self.layout.has_audio, bool(self.layout.texts))
+
+
+@dataclass
+class Collator:
+    """Draws to what `ContrastiveTrainer` takes.
+
+    Attributes:
+        processor: the model's.
+        images, sounds: caches of tower features by path; with them, every picture and sound is looked up.
+        field_dropout: share of text fields that are dropped at random (section 3.2.2).
+    """
+
+    processor: SailEmbeddingProcessor
+    images: FeatureCache | None = None
+    sounds: FeatureCache | None = None
+    field_dropout: float = 0.0
+
+    def __call__(self, draw: Draw) -> dict[str, Any]:
+        """One rank's batch of B rows with H hard negatives in all, at most C - 1 a row; M = 2 B + H items.
+
+        Returns:
+            ``items``: keyword arguments of the model for [queries, targets, negatives]; ``parts`` (M, 5), what each
+            has (patterns.py); ``target_ids`` (B,), equal where targets are; ``negative_slots`` (H, 2), row and place
+            of each negative; ``negative_mask`` (H,), False where it is the row's target after all; ``scores`` (B,) and
+            ``teacher_scores`` (B, C), NaN where there is none; ``dataset``, its name; ``patterns`` and ``losses``, its
+            own; ``skipped``, names and reasons; ``asked``, how many rows were drawn.
+        """
+        entries = self._entries(draw)
+        prepared = self.prepare([entry.item for entry in entries])
+        skipped, bad = list(draw.skipped), set()
+        for entry, one in zip(entries, prepared, strict=True):
+            if one.reason:
+                role = ("query", "target", f"negative {entry.slot - NEGATIVE + 1}")[min(entry.slot, NEGATIVE)]
+                skipped.append((draw.rows[entry.row].id, f"{role}: {one.reason}"))
+                if entry.slot < NEGATIVE:
+                    bad.add(entry.row)
+        places = [row for row in range(len(draw.rows)) if row not in bad]
+        new = {row: place for place, row in enumerate(places)}
+        kept = [pair for pair in zip(entries, prepared, strict=True) if pair[0].row in new and not pair[1].reason]
+        sides = [self.processor.instruction_for(draw.task, side) for side in draw.dataset.sides]
+        items = self.pad([one for _, one in kept], [sides[min(entry.slot, TARGET)] for entry, _ in kept])
+        slots = [(new[entry.row], entry.slot - NEGATIVE) for entry, _ in kept if entry.slot >= NEGATIVE]
+        return {
+            "items": items,
+            "parts": torch.stack([one.parts() for _, one in kept]) if kept else torch.zeros(0, len(LETTERS)).bool(),
+            **_labels([draw.rows[row] for row in places], slots),
+            "dataset": draw.dataset.name,
+            "patterns": list(draw.dataset.patterns),
+            "losses": dict(draw.dataset.losses),
+            "skipped": skipped,
+            "asked": draw.size,
+        }
+
+    def _entries(self, draw: Draw) -> list[Entry]:
+        """[queries, targets, negatives], each in the order of the rows, text fields dropped."""
+        entries = []
+        for row, generator in enumerate(draw.generators):
+            given = draw.rows[row]
+            for slot, item in enumerate((given.query, given.target, *given.negatives)):
+                entries.append(Entry(row, slot, dropped_fields(item, self.field_dropout, generator)))
+        return sorted(entries, key=lambda entry: (min(entry.slot, NEGATIVE), entry.row, entry.slot))
+
+    def encode_items(self, items: Sequence[Item], instruction: str = "") -> dict[str, Tensor]:
+        """Items that are all good to the model's keyword arguments.
+
+        Raises:
+            ValueError: one of them cannot be read.
+        """
+        prepared = self.prepare(items)
+        for place, one in enumerate(prepared):
+            if one.reason:
+                raise ValueError(f"item {place}: {one.reason}")
+        return self.pad(prepared, [instruction] * len(prepared))
+
+    # -- items before padding ----------------------------------------------------------------------------------------
+
+    def prepare(self, items: Sequence[Item]) -> list[Prepared]:
+        """Decode or look up each item; N in, N out."""
+        if self.images is not None or self.sounds is not None:
+            return [self._looked_up(item) for item in items]
+        loaded, statuses = self.processor.load(items, errors="skip")
+        prepared = [Prepared(reason=f"{status.field}: {status.reason}") for status in statuses]
+        for one in loaded:
+            prepared[one.index] = Prepared(layout_of(one), one)
+        return prepared
+
+    def _looked_up(self, item: Item) -> Prepared:
+        fields = {"text": item} if isinstance(item, str) else item
+        found: dict[str, Tensor | None] = {}
+        for name, cache in (("image", self.images), ("audio", self.sounds)):
+            if name in fields and (cache is None or fields[name] not in cache):
+                return Prepared(reason=f"{name}: {fields[name]!r} is not in the feature cache")
+            found[name] = cache[fields[name]] if name in fields and cache is not None else None
+        texts = {name: clean_text(fields[name]) for name in FORMAT_ORDER if fields.get(name)}
+        pictures, sounds = found["image"], found["audio"]
+        layout = Layout(texts, 0 if pictures is None else len(pictures), sounds is not None)
+        return Prepared(layout, None, pictures, sounds)
+
+    # -- to tensors --------------------------------------------------------------------------------------------------
+
+    def pad(self, prepared: Sequence[Prepared], instructions: Sequence[str]) -> dict[str, Tensor]:
+        """Prepared items to the model's keyword arguments, each with its instruction."""
+        sequences = []
+        for one, instruction in zip(prepared, instructions, strict=True):
+            assert one.layout is not None
+            sequences.append(self.processor.sequence(one.layout, instruction))
+        if self.images is None and self.sounds is None:
+            return dict(self.processor.assemble([one.loaded for one in prepared if one.loaded], sequences))
+        batch = self.processor.pad(sequences)
+        batch |= _flat([one.pictures for one in prepared], "image_features", "image_owner")
+        return batch | _flat([one.sounds for one in prepared], "audio_features", "audio_owner")
+
+
+def _labels(rows: Sequence[Row], slots: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+    """What the losses need besides embeddings; as `Collator.__call__` says."""
+    width = 1 + max((slot for _, slot in slots), default=-1) + 1
+    teacher = torch.full((len(rows), width), float("nan"))
+    for place, row in enumerate(rows):
+        if row.teacher_scores is not None:
+            known = [0, *(1 + slot for owner, slot in slots if owner == place)]
+            teacher[place, known] = torch.tensor(row.teacher_scores)[known]
+    same = [rows[row].negative_ids[slot] == rows[row].target_id for row, slot in slots]
+    return {
+        "target_ids": torch.tensor([_number_of(row.target_id) for row in rows], dtype=torch.long),
+        "negative_slots": torch.tensor(slots, dtype=torch.long).reshape(-1, 2),
+        "negative_mask": ~torch.tensor(same, dtype=torch.bool),
+        "scores": torch.tensor([float("nan") if row.score is None else row.score for row in rows]),
+        "teacher_scores": teacher,
+    }
+
+
+def _number_of(name: str) -> int:
+    """A 63-bit number of an id: the same on every rank."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) >> 1
+
+
+def _flat(features: Sequence[Tensor | None], values_name: str, owner_name: str) -> dict[str, Tensor]:
+    """[(F, T, C) or None] to one (sum F, T, C) tensor in float32 and the row that each entry belongs to."""
+    present = [tensor for tensor in features if tensor is not None]
+    if not present:
+        return {}
+    counts = torch.tensor([0 if tensor is None else len(tensor) for tensor in features])
+    owner = torch.arange(len(features)).repeat_interleave(counts)
+    return {values_name: torch.cat(present).float(), owner_name: owner}

@@ -1,0 +1,29 @@
+"""Built-in training sources by name, as a recipe writes them: ``mini:openclipart``.
+
+To add one: a file in this folder with a function from a part's name to records, and its name here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .mini_pairs import SOURCES as MINI
+from .mini_pairs import mini_source
+
+BUILT_IN: dict[str, tuple[Callable[[str], Any], list[str]]] = {"mini": (mini_source, sorted(MINI))}
+
+
+def built_in_source(path: str) -> Any:
+    """The records of ``name:part``, or None where the path is no such name.
+
+    Raises:
+        ValueError: there is no such part.
+    """
+    name, colon, part = path.partition(":")
+    if not colon or name not in BUILT_IN:
+        return None
+    open_part, parts = BUILT_IN[name]
+    if part not in parts:
+        raise ValueError(f"There is no built-in source {path!r}; of {name!r} there are {', '.join(parts)}.")
+    return open_part(part)

@@ -1,0 +1,351 @@
+"""Recipes: a training as data. A recipe is datasets and a list of stages; a wrong key fails before any weight loads.
+
+Unusual: the defaults are the paper's settings (section 4.1), so a recipe says only what it does differently; and every
+value can be set from the command line by its dotted name, as in ``stages.base.steps=100``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from .objective import Options, check_weights
+from .patterns import check_pattern
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be: the key, what came, what is needed."""
+
+
+@dataclass
+class DatasetSpec:
+    """A dataset of a recipe.
+
+    Attributes:
+        path: of a .jsonl or .parquet file or a folder of `datasets`, relative to the recipe; or ``name:part`` of a
+            built-in source (training/data).
+        streamed: read in its order, without a length; shuffle it beforehand.
+        tasks, sides, patterns, temperature, losses: as in `rows.TrainingDataset`.
+    """
+
+    path: str
+    streamed: bool = False
+    tasks: list[str | None] = field(default_factory=lambda: [None])
+    sides: list[str] = field(default_factory=lambda: ["query", "target"])
+    patterns: list[str] = field(default_factory=list)
+    temperature: float = 0.05
+    losses: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class LoraSpec:
+    """LoRA in place of full training (peft).
+
+    Attributes:
+        r, alpha, dropout: as in ``peft.LoraConfig``.
+        target_modules: a regular expression over module names; the backbone's attention by default.
+        train_too: parts that train in full beside the adapters.
+    """
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str = r".*text_tower.*\.(q_proj|k_proj|v_proj|o_proj|query|key|value|Wqkv)"
+    train_too: list[str] = field(default_factory=lambda: ["perceiver", "audio_adapter", "temperatures"])
+
+
+@dataclass
+class StageSpec:
+    """One stage; it starts from the model of the stage before.
+
+    Attributes:
+        datasets: how often a batch is drawn from each, of any sum; all of the recipe's alike by default.
+        losses: weights of the terms (objective.TERMS). The paper does not publish its own.
+        options: settings of the terms (objective.Options).
+        steps: optimizer steps.
+        batch_size: rows of the contrastive batch over all ranks.
+        token_budget: padded tokens of a micro-batch with cached gradients; none encodes the batch at once.
+        accumulation: batches of one optimizer step. In-batch negatives do not reach across them; a larger batch with
+            a token budget does.
+        learning_rate, min_learning_rate: cosine from one to the other.
+        learning_rates: of parameters whose name matches a pattern (``text_tower.*``), in place of ``learning_rate``.
+        warmup_share: share of the steps in which the learning rate rises.
+        weight_decay, max_grad_norm: of AdamW and of clipping.
+        optimizer: a name that transformers knows.
+        freeze: patterns of parameter names that do not train.
+        lora: adapters in place of full training.
+        gradient_checkpointing: compute activations again in place of keeping them.
+        bf16: mixed precision; embeddings' losses, norms and softmax stay float32.
+        field_dropout: share of text fields dropped at random.
+        feature_cache: folder for the features of frozen vision and audio towers, which then run once per file.
+        max_bad_share: share of rows that may be unreadable before the run stops.
+        workers: processes that read batches.
+        logging_steps, save_steps: how often; a checkpoint is what a killed run goes on from.
+        report_to: "tensorboard" and its kin.
+    """
+
+    datasets: dict[str, float] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=lambda: {"nce": 1.0})
+    options: Options = field(default_factory=Options)
+    steps: int = 1000
+    batch_size: int = 64
+    token_budget: int | None = None
+    accumulation: int = 1
+    learning_rate: float = 1e-5
+    min_learning_rate: float = 6e-6
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    warmup_share: float = 0.03
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    optimizer: str = "adamw_torch_fused"
+    freeze: list[str] = field(default_factory=list)
+    lora: LoraSpec | None = None
+    gradient_checkpointing: bool = False
+    bf16: bool = False
+    field_dropout: float = 0.1
+    feature_cache: str | None = None
+    max_bad_share: float = 0.05
+    workers: int = 0
+    logging_steps: int = 10
+    save_steps: int = 100
+    report_to: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Recipe:
+    """A whole training.
+
+    Attributes:
+        model: folder of the model to start from.
+        output: folder for checkpoints, logs and the model of each stage.
+        datasets, stages: by name; stages run in their order.
+        seed: of everything that is drawn.
+        folder: where the recipe lies; relative dataset paths are relative to it.
+    """
+
+    model: str
+    output: str
+    datasets: dict[str, DatasetSpec]
+    stages: dict[str, StageSpec]
+    seed: int = 0
+    folder: Path = Path()
+
+    def fingerprint(self, stage: str) -> str:
+        """A hash of all that decides a stage's result: it, the stages before it, datasets, model, seed."""
+        before = list(self.stages)[: list(self.stages).index(stage) + 1]
+        bookkeeping = ("logging_steps", "save_steps", "report_to", "workers")
+        said = asdict(self) | {"stages": {name: asdict(self.stages[name]) for name in before}}
+        for one in said["stages"].values():
+            for name in bookkeeping:
+                one.pop(name)
+        kept = {name: said[name] for name in ("model", "datasets", "stages", "seed")}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        name: a YAML file, or the name of one that is shipped in ``training/recipes``.
+        overrides: ``dotted.key=value``, each value as YAML.
+
+    Raises:
+        RecipeError: no such recipe; no YAML; a key or value that cannot be, by its dotted name.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        shipped = sorted(file.stem for file in RECIPES.glob("*.yaml") if not file.stem.startswith("accelerate"))
+        raise RecipeError(f"There is no recipe {name!s}; give a .yaml file, or one of {', '.join(shipped)}.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is no YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(
+            f"{path} holds {_called(content)}; a recipe is a mapping with model, output, datasets, stages."
+        )
+    for override in overrides:
+        _set(content, override)
+    defaults = content.pop("defaults", None) or {}
+    stages = content.get("stages")
+    if isinstance(defaults, dict) and isinstance(stages, dict):
+        content["stages"] = {
+            stage: _merged(defaults, part or {}) if isinstance(part, dict | NoneType) else part
+            for stage, part in stages.items()
+        }
+    recipe: Recipe = _build(Recipe, content, "")
+    recipe.folder = path.parent if path.parent != RECIPES else Path()
+    _check(recipe)
+    return recipe
+
+
+def _merged(defaults: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's own values over the defaults'; nested mappings are not merged, but taken whole."""
+    return {**defaults, **part}
+
+
+def _set(content: dict[str, Any], override: str) -> None:
+    key, sign, value = override.partition("=")
+    if not sign or not key:
+        raise RecipeError(f"{override!r} is no override; write key=value, as in stages.base.steps=100.")
+    *path, last = key.split(".")
+    place: Any = content
+    for number, name in enumerate(path):
+        if not isinstance(place, dict):
+            raise RecipeError(f"{key}: {'.'.join(path[:number])} is no mapping.")
+        if name not in place and number and path[number - 1] in ("stages", "datasets"):
+            raise RecipeError(f"{key}: there is no {'.'.join(path[: number + 1])}; there are {', '.join(place)}.")
+        if place.get(name) is None:
+            place[name] = {}
+        place = place[name]
+    if not isinstance(place, dict):
+        raise RecipeError(f"{key}: {'.'.join(path)} is no mapping.")
+    place[last] = yaml.safe_load(value)
+
+
+# --- from mappings to dataclasses -----------------------------------------------------------------------------------
+
+
+def _build(kind: Any, value: Any, key: str) -> Any:
+    """A value of the wanted type, checked all the way down.
+
+    Raises:
+        RecipeError: by the dotted key.
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        if value is None and NoneType in inner:
+            return None
+        return _build(next(part for part in inner if part is not NoneType), value, key)
+    if is_dataclass(kind):
+        return _build_dataclass(kind, value, key)
+    if origin is list:
+        if not isinstance(value, list):
+            raise RecipeError(f"{key} must be a list, it is {_called(value)}.")
+        return [_build(inner[0], part, f"{key}[{place}]") for place, part in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise RecipeError(f"{key} must be a mapping, it is {_called(value)}.")
+        return {str(name): _build(inner[1], part, f"{key}.{name}") for name, part in value.items()}
+    return _build_scalar(kind, value, key)
+
+
+def _build_dataclass(kind: Any, value: Any, key: str) -> Any:
+    if not isinstance(value, dict):
+        raise RecipeError(f"{key or 'the recipe'} must be a mapping, it is {_called(value)}.")
+    hints = get_type_hints(kind)
+    known = [one.name for one in fields(kind) if one.name != "folder"]
+    for name in value:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}."
+            raise RecipeError(f"unknown key {_dotted(key, name)}{hint}")
+    for one in fields(kind):
+        needed = one.default is one.default_factory  # both are MISSING
+        if needed and one.name not in value:
+            raise RecipeError(f"{_dotted(key, one.name)} is missing.")
+    return kind(**{name: _build(hints[name], part, _dotted(key, name)) for name, part in value.items()})
+
+
+def _build_scalar(kind: Any, value: Any, key: str) -> Any:
+    if kind is float and isinstance(value, str):  # YAML reads 1e-5 as a string
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    good = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+    if not good:
+        named = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}[kind]
+        raise RecipeError(f"{key} must be {named}, it is {_called(value)}.")
+    return float(value) if kind is float else value
+
+
+def _dotted(key: str, name: Any) -> str:
+    return f"{key}.{name}" if key else str(name)
+
+
+def _called(value: Any) -> str:
+    return "nothing" if value is None else f"{value!r:.60} ({type(value).__name__})"
+
+
+# --- what types do not say ------------------------------------------------------------------------------------------
+
+
+def _check(recipe: Recipe) -> None:
+    """Names and ranges.
+
+    Raises:
+        RecipeError: by the dotted key.
+    """
+    if not recipe.datasets or not recipe.stages:
+        raise RecipeError("datasets and stages must each have an entry.")
+    for name, dataset in recipe.datasets.items():
+        key = f"datasets.{name}"
+        _guard(f"{key}.losses", check_weights, dataset.losses)
+        for pattern in dataset.patterns:
+            _guard(f"{key}.patterns", check_pattern, pattern)
+        _need(dataset.temperature > 0, f"{key}.temperature", dataset.temperature, "above 0")
+        _need(
+            set(dataset.sides) <= {"query", "target"} and len(dataset.sides) == 2,
+            f"{key}.sides",
+            dataset.sides,
+            "two of query and target",
+        )
+        _need(bool(dataset.tasks), f"{key}.tasks", dataset.tasks, "a list with an entry; null is no instruction")
+    for name, stage in recipe.stages.items():
+        _check_stage(stage, f"stages.{name}", list(recipe.datasets))
+
+
+def _check_stage(stage: StageSpec, key: str, datasets: list[str]) -> None:
+    _guard(f"{key}.losses", check_weights, stage.losses)
+    for name, weight in stage.datasets.items():
+        _need(name in datasets, f"{key}.datasets.{name}", weight, f"of a dataset of the recipe ({', '.join(datasets)})")
+        _need(weight >= 0, f"{key}.datasets.{name}", weight, ">= 0")
+    _need(
+        not stage.datasets or sum(stage.datasets.values()) > 0, f"{key}.datasets", stage.datasets, "above 0 somewhere"
+    )
+    for name in ("steps", "batch_size", "accumulation", "logging_steps", "save_steps"):
+        _need(getattr(stage, name) >= 1, f"{key}.{name}", getattr(stage, name), "an integer >= 1")
+    _need(stage.token_budget is None or stage.token_budget > 0, f"{key}.token_budget", stage.token_budget, "above 0")
+    _need(stage.workers >= 0, f"{key}.workers", stage.workers, "an integer >= 0")
+    for name in (
+        "learning_rate",
+        "max_grad_norm",
+        "options.cosent_temperature",
+        "options.teacher_temperature",
+        "options.student_temperature",
+    ):
+        value = stage
+        for part in name.split("."):
+            value = getattr(value, part)
+        _need(value > 0, f"{key}.{name}", value, "above 0")
+    low = stage.min_learning_rate
+    _need(0 <= low <= stage.learning_rate, f"{key}.min_learning_rate", low, "between 0 and learning_rate")
+    for name in ("warmup_share", "field_dropout", "max_bad_share"):
+        _need(0 <= getattr(stage, name) <= 1, f"{key}.{name}", getattr(stage, name), "between 0 and 1")
+    for name, value in stage.learning_rates.items():
+        _need(value >= 0, f"{key}.learning_rates.{name}", value, ">= 0")
+
+
+def _need(holds: bool, key: str, value: Any, needed: str) -> None:
+    if not holds:
+        raise RecipeError(f"{key} is {value!r}; it must be {needed}.")
+
+
+def _guard(key: str, check: Any, value: Any) -> None:
+    try:
+        check(value)
+    except ValueError as error:
+        raise RecipeError(f"{key}: {error}") from error

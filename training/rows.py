@@ -1,0 +1,316 @@
+"""Rows to train on: one form for every dataset, and where they come from (Parquet, JSONL, a `datasets.Dataset`).
+
+Unusual: reading a row never stops a run by itself. A record that is no row raises `RowError`, which the batch counts
+and reports by id; only too many of them stop the run (trainer.py). A record may be a function of a random generator:
+the row is then drawn anew each time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..items_sail import FORMAT_ORDER, MEDIA_FIELDS
+from ..processing_sail import SIDES
+from .patterns import check_pattern
+
+Item = str | dict[str, Any]
+Record = Mapping[str, Any]
+
+COLUMNS = ("id", "query", "target", "target_id", "negatives", "score", "teacher_scores")
+
+
+class RowError(ValueError):
+    """A record that is no row: ``row_id`` and ``reason``."""
+
+    def __init__(self, row_id: str, reason: str) -> None:
+        super().__init__(row_id, reason)
+        self.row_id, self.reason = row_id, reason
+
+    def __str__(self) -> str:
+        return f"row {self.row_id!r}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training example.
+
+    Attributes:
+        id: stable name of the row, for reports.
+        query, target: items, as the processor takes them.
+        target_id: rows with the same one have the same target, which then is no negative of either.
+        negatives: mined hard negatives of this query.
+        negative_ids: their ids, in the same order.
+        score: graded similarity of query and target, for CoSENT; None where there is none.
+        teacher_scores: a teacher's scores of [target, *negatives], for preference distillation; None where there are
+            none.
+    """
+
+    id: str
+    query: Item
+    target: Item
+    target_id: str
+    negatives: tuple[Item, ...] = ()
+    negative_ids: tuple[str, ...] = ()
+    score: float | None = None
+    teacher_scores: tuple[float, ...] | None = None
+
+
+def as_row(record: Record, default_id: str, folder: Path | None = None) -> Row:
+    """Check a record and make a row of it.
+
+    Args:
+        record: columns ``query`` and ``target``, each an item (a dict, a string, or a dict as a JSON string); at will
+            ``id``, ``target_id`` (by default the target's ``id``, else its content), ``negatives`` (a list of items),
+            ``score``, ``teacher_scores`` (one for the target and one for each negative). Absent is None.
+        default_id: where the record has no id.
+        folder: what relative media paths are relative to.
+
+    Raises:
+        RowError: a column is unknown, missing or of the wrong kind.
+    """
+    name = str(record.get("id") if record.get("id") is not None else default_id)
+    unknown = sorted(set(record) - set(COLUMNS))
+    if unknown:
+        raise RowError(name, f"unknown column {unknown[0]!r}; known are {', '.join(COLUMNS)}")
+    query, target = (_item(record.get(side), side, name, folder) for side in ("query", "target"))
+    given = record.get("negatives")
+    given = [] if given is None else given
+    if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable):
+        raise RowError(name, f"negatives must be a list of items, got {type(given).__name__}")
+    negatives = tuple(_item(value, "negatives", name, folder) for value in given)
+    target_id = record.get("target_id")
+    return Row(
+        id=name,
+        query=query,
+        target=target,
+        target_id=item_key(target) if target_id is None else str(target_id),
+        negatives=negatives,
+        negative_ids=tuple(item_key(value) for value in negatives),
+        score=_number(record.get("score"), "score", name),
+        teacher_scores=_scores(record.get("teacher_scores"), 1 + len(negatives), name),
+    )
+
+
+def item_key(item: Item) -> str:
+    """An item's id, else a hash of its content: equal items have equal keys."""
+    if isinstance(item, dict) and item.get("id") is not None:
+        return str(item["id"])
+    content = {"text": item} if isinstance(item, str) else item
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=repr).encode()).hexdigest()[:32]
+
+
+def _item(value: Any, column: str, name: str, folder: Path | None) -> Item:
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise RowError(name, f"{column} looks like JSON, but is none ({error})") from error
+    if isinstance(value, str) and value.strip():
+        return value
+    if not isinstance(value, Mapping) or not value:
+        what = "missing" if value is None else f"{value!r}"[:60]
+        raise RowError(name, f"{column} must be an item (a dict or a string that is not empty), it is {what}")
+    item = {key: part for key, part in value.items() if part is not None}
+    if folder is not None:
+        item |= {key: _located(item[key], folder) for key in MEDIA_FIELDS if key in item}
+    return item
+
+
+def _located(value: Any, folder: Path) -> Any:
+    """Relative paths, and lists of them, below the folder; anything else as it is."""
+    if isinstance(value, (list, tuple)):
+        return [_located(part, folder) for part in value]
+    relative = isinstance(value, str) and not Path(value).is_absolute() and "://" not in value
+    return str(folder / value) if relative else value
+
+
+def _number(value: Any, column: str, name: str) -> float | None:
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise RowError(name, f"{column} must be a number, got {value!r:.60}") from error
+    if not math.isfinite(number):
+        raise RowError(name, f"{column} must be finite, got {value!r}")
+    return number
+
+
+def _scores(values: Any, count: int, name: str) -> tuple[float, ...] | None:
+    if values is None:
+        return None
+    scores = [_number(value, "teacher_scores", name) for value in values]
+    if len(scores) != count or None in scores:
+        raise RowError(
+            name, f"teacher_scores has {len(scores)} entries; {count} are needed: the target and each negative"
+        )
+    return tuple(score for score in scores if score is not None)
+
+
+# --- sources --------------------------------------------------------------------------------------------------------
+
+
+class JsonLines(Sequence):
+    """Records of a JSONL file by their place; only where each line begins is held in memory.
+
+    Args:
+        path: of the file; relative media paths in it are relative to its folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.starts = array("q")
+        with path.open("rb") as file:
+            place = 0
+            for line in file:
+                if line.strip():
+                    self.starts.append(place)
+                place += len(line)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> Record:  # type: ignore[override]
+        with self.path.open("rb") as file:
+            file.seek(self.starts[index])
+            return _parsed(file.readline(), f"{self.path.name}:{index + 1}")
+
+
+def _parsed(line: bytes, name: str) -> Record:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise RowError(name, f"the line is no JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise RowError(name, f"the line is no JSON object, but a {type(record).__name__}")
+    return record
+
+
+def open_source(path: str | Path, streamed: bool = False) -> Any:
+    """What a path holds: something with a length and records by place, or with ``streamed`` an iterable of them.
+
+    Args:
+        path: ``.jsonl`` or ``.parquet``; a folder saved by ``datasets.Dataset.save_to_disk``.
+
+    Raises:
+        FileNotFoundError: nothing is there. ValueError: of another kind, or without rows.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"There is no {path}; a dataset's path is a .jsonl or .parquet file, or a saved folder."
+        )
+    if path.suffix == ".jsonl":
+        source: Any = StreamedLines(path) if streamed else JsonLines(path)
+    elif path.suffix == ".parquet":
+        from datasets import load_dataset
+
+        loaded = load_dataset("parquet", data_files=str(path), split="train", streaming=streamed)
+        source = loaded
+    elif path.is_dir():
+        from datasets import load_from_disk
+
+        source = load_from_disk(str(path))
+        source = source.to_iterable_dataset() if streamed else source
+    else:
+        raise ValueError(f"{path} is neither .jsonl nor .parquet nor a folder that datasets saved.")
+    if not streamed and not len(source):
+        raise ValueError(f"{path} has no rows.")
+    return source
+
+
+class StreamedLines:
+    """A JSONL file to go through again and again; nothing of it is held in memory.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __iter__(self) -> Iterator[Callable[[random.Random], Record]]:
+        """Each line as a function that parses it: a broken line is an error of its row, not of the stream."""
+        with self.path.open("rb") as file:
+            for number, line in enumerate((line for line in file if line.strip()), start=1):
+                yield lambda generator, line=line, number=number: _parsed(line, f"{self.path.name}:{number}")
+
+
+# --- datasets -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainingDataset:
+    """Rows of one kind, and how they are trained on.
+
+    Attributes:
+        name: for logs, and of its temperature in the model.
+        source: records by place (a list, a `datasets.Dataset`, `JsonLines`), or an iterable of them (streamed). A
+            record is a `Row`, a mapping for `as_row`, or a function from a random generator to either.
+        tasks: task families whose instructions are put before both sides, one drawn for each batch; None is none.
+        sides: which side's instruction the queries and the targets get.
+        patterns: what else is contrasted (patterns.py).
+        temperature: initial; the model learns it.
+        losses: weights of the loss terms that differ from the stage's.
+        folder: what relative media paths are relative to.
+    """
+
+    name: str
+    source: Any
+    tasks: Sequence[str | None] = (None,)
+    sides: tuple[str, str] = SIDES
+    patterns: Sequence[str] = ()
+    temperature: float = 0.05
+    losses: Mapping[str, float] = field(default_factory=dict)
+    folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        for pattern in self.patterns:
+            check_pattern(pattern)
+        for side in self.sides:
+            if side not in SIDES:
+                raise ValueError(f"Dataset {self.name!r}: side {side!r} is not one of {SIDES}.")
+        if not self.temperature > 0:
+            raise ValueError(f"Dataset {self.name!r}: temperature={self.temperature} must be above 0.")
+        if not self.streamed and not len(self.source):
+            raise ValueError(f"Dataset {self.name!r} has no rows.")
+
+    @property
+    def streamed(self) -> bool:
+        return not hasattr(self.source, "__len__")
+
+    def read(self, place: int, generator: random.Random, record: Any = None) -> Row:
+        """The row at a place; ``record`` is given where the source is streamed.
+
+        Raises:
+            RowError: the record is no row.
+        """
+        name = f"{self.name}:{place}"
+        record = self.source[place] if record is None else record
+        if callable(record):
+            made: Callable[[random.Random], Any] = record
+            record = made(generator)
+        if isinstance(record, Row):
+            return record
+        if not isinstance(record, Mapping):
+            raise RowError(name, f"a record is a mapping or a Row, got {type(record).__name__}")
+        return as_row(record, name, self.folder)
+
+
+def dropped_fields(item: Item, share: float, generator: random.Random) -> Item:
+    """The item without a random part of its text fields; never without all that it has (section 3.2.2)."""
+    if isinstance(item, str) or not share:
+        return item
+    fields = [name for name in FORMAT_ORDER if item.get(name)]
+    gone = [name for name in fields if generator.random() < share]
+    if fields and gone == fields and not any(item.get(name) is not None for name in MEDIA_FIELDS):
+        gone.remove(generator.choice(fields))
+    return {name: value for name, value in item.items() if name not in gone}

@@ -1,0 +1,349 @@
+"""Progressive stages (SAIL-Embedding, section 3.3.1): each starts from the last one's model and leaves its own.
+
+    <output>/<stage>/checkpoints/  what a killed run goes on from
+                     model/        the stage's model and processor, in Hub format
+                     log.json      every logged value
+                     stage.json    what was trained on what, for how long: the entry of its model card
+
+Unusual: a stage that is done is not run again, and a stage that was begun with another recipe is refused; both are told
+by a fingerprint of everything that decides the result.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import logging
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from torch import nn
+from transformers import AutoConfig, TrainingArguments, set_seed
+
+from ..modeling_sail import SailEmbeddingModel
+from ..processing_sail import SailEmbeddingProcessor
+from .collate import Collator
+from .data.sources import built_in_source
+from .distributed import rank, world_size
+from .feature_cache import FeatureCache, cache_media
+from .objective import Objective
+from .recipe import LoraSpec, Recipe, RecipeError, StageSpec
+from .rows import TrainingDataset, open_source
+from .sampler import SpecializedBatches
+from .trainer import ContrastiveTrainer
+
+logger = logging.getLogger(__name__)
+
+Evaluator = Callable[[SailEmbeddingModel, SailEmbeddingProcessor], dict[str, Any]]
+
+
+def run_recipe(recipe: Recipe, evaluator: Evaluator | None = None) -> Path:
+    """Run the stages that are not done yet.
+
+    Args:
+        recipe: from `load_recipe`.
+        evaluator: called with the model of each stage; what it returns is kept in stage.json.
+
+    Returns:
+        The folder of the last stage's model.
+
+    Raises:
+        RecipeError: a stage's folder is another recipe's; a pattern matches no parameter. FileNotFoundError: no model,
+            no data.
+    """
+    check_against_model(recipe)
+    PartialState(cpu=not torch.cuda.is_available())  # meets the other ranks, where there are any
+    datasets = open_datasets(recipe)
+    start = Path(recipe.model)
+    for name in recipe.stages:
+        folder = Path(recipe.output) / name
+        if _is_done(folder, recipe.fingerprint(name)):
+            logger.info("stage %s is done: %s", name, folder / "model")
+        else:
+            run_stage(recipe, name, datasets, start, folder, evaluator)
+        start = folder / "model"
+    return start
+
+
+def check_against_model(recipe: Recipe) -> None:
+    """Refuse patterns that match no parameter of the model, before any weight is loaded.
+
+    Raises:
+        FileNotFoundError: the model's folder has no configuration. RecipeError: by the dotted key.
+    """
+    if not (Path(recipe.model) / "config.json").is_file():
+        raise FileNotFoundError(f"There is no model in {recipe.model}; `sail build --preset mini --out DIR` makes one.")
+    config = AutoConfig.from_pretrained(recipe.model)
+    with torch.device("meta"):
+        names = [name for name, _ in SailEmbeddingModel(config).named_parameters()]
+    for stage, spec in recipe.stages.items():
+        given = {"freeze": spec.freeze, "learning_rates": list(spec.learning_rates)}
+        for key, patterns in given.items():
+            for pattern in patterns:
+                if not fnmatch.filter(names, pattern):
+                    parts = ", ".join(sorted({name.split(".")[0] for name in names}))
+                    raise RecipeError(f"stages.{stage}.{key}: {pattern!r} matches no parameter; parts are {parts}.")
+
+
+def open_datasets(recipe: Recipe) -> dict[str, TrainingDataset]:
+    """The datasets that a stage draws from, by name."""
+    used = {name for spec in recipe.stages.values() for name in (spec.datasets or recipe.datasets)}
+    opened = {}
+    for name, spec in recipe.datasets.items():
+        if name not in used:
+            continue
+        built_in = built_in_source(spec.path)
+        path = recipe.folder / spec.path
+        opened[name] = TrainingDataset(
+            name=name,
+            source=open_source(path, spec.streamed) if built_in is None else built_in,
+            tasks=spec.tasks,
+            sides=(spec.sides[0], spec.sides[1]),
+            patterns=spec.patterns,
+            temperature=spec.temperature,
+            losses=spec.losses,
+            folder=path.parent if built_in is None and path.suffix else None,
+        )
+    return opened
+
+
+def run_stage(
+    recipe: Recipe,
+    name: str,
+    datasets: Mapping[str, TrainingDataset],
+    start: Path,
+    folder: Path,
+    evaluator: Evaluator | None = None,
+) -> None:
+    """Train one stage from the model in ``start``; its results are written to ``folder``."""
+    stage, begun = recipe.stages[name], time.time()
+    set_seed(recipe.seed + list(recipe.stages).index(name))
+    model = SailEmbeddingModel.from_pretrained(start)
+    processor = SailEmbeddingProcessor.from_pretrained(start)
+    weights = stage.datasets or dict.fromkeys(recipe.datasets, 1.0)
+    drawn = {key: datasets[key] for key, weight in weights.items() if weight > 0}
+    model.temperatures.add({key: dataset.temperature for key, dataset in drawn.items()})
+    freeze(model, stage, [stage.losses, *(dataset.losses for dataset in drawn.values())])
+    trainer = _trainer(recipe, name, model, processor, drawn, weights, folder)
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "fingerprint").write_text(recipe.fingerprint(name), encoding="utf-8")
+    last = last_checkpoint(folder / "checkpoints")
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    if stage.lora is not None:
+        if rank() == 0:
+            trained.save_pretrained(folder / "adapter")
+        trained = trained.merge_and_unload()
+    if rank() == 0:
+        _write_log(trainer, folder)
+        save_whole(trained, processor, folder / "model")
+        entry = _entry(recipe, name, trainer, drawn, start, begun, folder)
+        if evaluator is not None:
+            entry["evaluation"] = evaluator(trained.eval(), processor)
+        _write_json(folder / "stage.json", entry)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _trainer(
+    recipe: Recipe,
+    name: str,
+    model: SailEmbeddingModel,
+    processor: SailEmbeddingProcessor,
+    drawn: Mapping[str, TrainingDataset],
+    weights: Mapping[str, float],
+    folder: Path,
+) -> ContrastiveTrainer:
+    stage = recipe.stages[name]
+    images, sounds = _caches(stage, model, processor, drawn)
+    batches = SpecializedBatches(
+        list(drawn.values()),
+        Collator(processor, images, sounds, stage.field_dropout),
+        stage.batch_size,
+        {key: weights[key] for key in drawn},
+        seed=recipe.seed + list(recipe.stages).index(name),
+        rank=rank(),
+        world_size=world_size(),
+    )
+    return ContrastiveTrainer(
+        model,
+        training_arguments(stage, folder, recipe.seed),
+        objective=Objective(stage.losses, stage.options),
+        token_budget=stage.token_budget,
+        peft_config=lora_config(stage.lora, model) if stage.lora else None,
+        max_bad_share=stage.max_bad_share,
+        train_dataset=batches,
+        learning_rates=stage.learning_rates,
+    )
+
+
+def _caches(
+    stage: StageSpec,
+    model: SailEmbeddingModel,
+    processor: SailEmbeddingProcessor,
+    drawn: Mapping[str, TrainingDataset],
+) -> tuple[FeatureCache | None, FeatureCache | None]:
+    if stage.feature_cache is None:
+        return None, None
+    for tower in ("vision_tower", "audio_tower"):
+        module = getattr(model, tower)
+        if module is not None and any(parameter.requires_grad for parameter in module.parameters()):
+            raise RecipeError(f"feature_cache needs frozen towers; add '{tower}.*' to freeze.")
+    with PartialState().main_process_first():  # the others read what the first one wrote
+        return cache_media(model, processor, drawn.values(), Path(stage.feature_cache))
+
+
+def training_arguments(stage: StageSpec, folder: Path, seed: int) -> TrainingArguments:
+    """A stage's settings as transformers takes them."""
+    return TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        max_steps=stage.steps,
+        gradient_accumulation_steps=stage.accumulation,
+        learning_rate=stage.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr": stage.min_learning_rate},
+        warmup_steps=round(stage.warmup_share * stage.steps),
+        weight_decay=stage.weight_decay,
+        max_grad_norm=stage.max_grad_norm,
+        optim=stage.optimizer,
+        gradient_checkpointing=stage.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if stage.gradient_checkpointing else None,
+        bf16=stage.bf16,
+        logging_steps=stage.logging_steps,
+        logging_first_step=True,
+        save_steps=stage.save_steps,
+        save_total_limit=2,
+        dataloader_num_workers=stage.workers,
+        report_to=stage.report_to or "none",
+        seed=seed,
+        use_cpu=not torch.cuda.is_available(),
+    )
+
+
+def freeze(model: SailEmbeddingModel, stage: StageSpec, losses: list[Mapping[str, float]]) -> None:
+    """Switch off gradients of what the stage freezes, and of the late-fusion gate where no term uses it."""
+    gate_used = any(part.get("late_fusion", 0) > 0 for part in losses)
+    patterns = [*stage.freeze, *([] if gate_used else ["late_fusion_gate.*"])]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(fnmatch.fnmatch(name, pattern) for pattern in patterns))
+
+
+def lora_config(spec: LoraSpec, model: nn.Module) -> Any:
+    """A ``peft.LoraConfig``; parts that the model lacks are left out of what trains beside."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=spec.r,
+        lora_alpha=spec.alpha,
+        lora_dropout=spec.dropout,
+        target_modules=spec.target_modules,
+        modules_to_save=[part for part in spec.train_too if getattr(model, part, None) is not None],
+    )
+
+
+# --- what a stage leaves --------------------------------------------------------------------------------------------
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written whole: the Trainer's state is written last, and must be readable."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    for path in found:
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            logger.warning("%s was not written to its end; it is passed over.", path)
+            continue
+        return path
+    return None
+
+
+def save_whole(model: SailEmbeddingModel, processor: SailEmbeddingProcessor, folder: Path) -> None:
+    """Save both in Hub format; the folder is there whole or not at all."""
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def _is_done(folder: Path, fingerprint: str) -> bool:
+    known = folder / "fingerprint"
+    if known.is_file() and known.read_text(encoding="utf-8") != fingerprint:
+        raise RecipeError(
+            f"{folder} was trained by another recipe (datasets, model, seed or settings differ); "
+            "set another output, or remove the folder."
+        )
+    return (folder / "stage.json").is_file() and (folder / "model" / "config.json").is_file()
+
+
+def _entry(
+    recipe: Recipe,
+    name: str,
+    trainer: ContrastiveTrainer,
+    drawn: Mapping[str, TrainingDataset],
+    start: Path,
+    begun: float,
+    folder: Path,
+) -> dict[str, Any]:
+    """What a model card says of the stage."""
+    stage = recipe.stages[name]
+    batches: Any = trainer.train_dataset
+    seen = [batches.dataset_of(step) for step in range(stage.steps * stage.accumulation)]
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return {
+        "stage": name,
+        "fingerprint": recipe.fingerprint(name),
+        "settings": asdict(stage),
+        "seed": recipe.seed,
+        "started_from": str(start),
+        "datasets": {
+            key: {
+                "rows": None if dataset.streamed else len(dataset.source),
+                "batches": seen.count(place),
+                "samples": seen.count(place) * stage.batch_size,
+                "temperature": float(trainer.accelerator.unwrap_model(trainer.model).temperatures(key).detach()),
+            }
+            for place, (key, dataset) in enumerate(drawn.items())
+        },
+        "steps": trainer.state.global_step,
+        "samples": stage.steps * stage.accumulation * stage.batch_size,
+        "rows_skipped": len(trainer.skipped),
+        "seconds": round(sum(json.loads(line)["seconds"] for line in _sessions(folder, begun)), 1),
+        "peak_memory_bytes": peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "ranks": world_size(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "weights_sha256": {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted((folder / "model").glob("*.safetensors"))
+        },
+    }
+
+
+def _sessions(folder: Path, begun: float) -> list[str]:
+    """Lines of sessions.jsonl, this session's added: a run that was killed and resumed has several."""
+    path = folder / "sessions.jsonl"
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"began": begun, "seconds": time.time() - begun}) + "\n")
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def _write_log(trainer: ContrastiveTrainer, folder: Path) -> None:
+    _write_json(folder / "log.json", trainer.state.log_history)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+    os.replace(partial, path)
