@@ -21,7 +21,7 @@ from torch.nn import functional as F  # noqa: N812  the field's own abbreviation
 from ..modeling_sail import SailEmbeddingModel
 from ..training.build import load_built
 from ..training.collate import Collator
-from ..training.data.mini_pairs import load_sources, teacher_probabilities
+from ..training.data.mini_pairs import load_sources, names_in_tags, teacher_probabilities
 from ..training.data.tuxpaint import name_key
 from ..training.feature_cache import FeatureCache
 from ..training.mini import cache_features
@@ -39,8 +39,11 @@ BLENDS = (0.0, 0.2, 0.4, 0.6, 0.8)
 # --- what is retrieved ----------------------------------------------------------------------------------------------
 
 
-def tasks(rows: Rows) -> dict[str, tuple[list[Item], list[Item], Tensor]]:
-    """Name of a task -> (queries, candidates, (Q, N) relevance). Candidates are one for each distinct name."""
+def tasks(rows: Rows) -> dict[str, tuple[list[Item], list[Item], Tensor, list[str]]]:
+    """Name of a task -> (queries, candidates, (Q, N) relevance, key of each query's name).
+
+    Candidates are one for each distinct name.
+    """
     spoken = [row for row in rows if LANGUAGE in row["speech"] and LANGUAGE in row["names"]]
     english, french = _names(rows, "en"), _names(spoken, LANGUAGE)
     picture, speech, both = _items(rows, "image"), _items(spoken, "audio"), _items(spoken, "image", "audio")
@@ -48,13 +51,13 @@ def tasks(rows: Rows) -> dict[str, tuple[list[Item], list[Item], Tensor]]:
     mixed = [{"text": f"{english[key]['text']} {french[key]['text']}"} for key in french]
     keys, spoken_keys = _keys(rows), _keys(spoken)
     return {
-        "picture -> name": (picture, list(english.values()), _same(keys, english)),
-        "speech -> name": (speech, list(french.values()), _same(spoken_keys, french)),
-        "picture -> name (both languages)": (pictures, mixed, _same(spoken_keys, french)),
-        "speech -> name (both languages)": (speech, mixed, _same(spoken_keys, french)),
-        "picture+speech -> name (both languages)": (both, mixed, _same(spoken_keys, french)),
-        "name -> item (picture+speech)": (mixed, both, _same(spoken_keys, french).T),
-        "picture -> speech": (pictures, speech, _same(spoken_keys, spoken_keys)),
+        "picture -> name": (picture, list(english.values()), _same(keys, english), keys),
+        "speech -> name": (speech, list(french.values()), _same(spoken_keys, french), spoken_keys),
+        "picture -> name (both languages)": (pictures, mixed, _same(spoken_keys, french), spoken_keys),
+        "speech -> name (both languages)": (speech, mixed, _same(spoken_keys, french), spoken_keys),
+        "picture+speech -> name (both languages)": (both, mixed, _same(spoken_keys, french), spoken_keys),
+        "name -> item (picture+speech)": (mixed, both, _same(spoken_keys, french).T, list(french)),
+        "picture -> speech": (pictures, speech, _same(spoken_keys, spoken_keys), spoken_keys),
     }
 
 
@@ -180,9 +183,13 @@ def _speech_pairs(rows: Rows, sounds: FeatureCache) -> list[tuple[str, str]]:
 def evaluate(
     model: SailEmbeddingModel, collate: Collator, baseline: LinearBaseline | None, rows: Rows
 ) -> list[dict[str, Any]]:
-    """One result for each task: sizes, and R@1 and R@10 of the model and of the baseline."""
-    results = []
-    for name, (queries, candidates, relevant) in tasks(rows).items():
+    """One result for each task: sizes, and R@1 and R@10 of the model and of the baseline.
+
+    "unseen": the same over the queries whose name no tag of a training picture says (`names_in_tags`).
+    """
+    results, said = [], names_in_tags()
+    for name, (queries, candidates, relevant, keys) in tasks(rows).items():
+        unseen = torch.tensor([key not in said for key in keys])
         task = family(queries, candidates)
         ours = embed(model, collate, queries, task, "query") @ embed(model, collate, candidates, task, "target").T
         result: dict[str, Any] = {"task": name, "queries": len(queries), "candidates": len(candidates)}
@@ -191,6 +198,8 @@ def evaluate(
             scores["linear"] = baseline.embed(queries) @ baseline.embed(candidates).T
         for who, matrix in scores.items():
             result |= {f"{who} R@{k}": round(recall_at(matrix, relevant, k), 4) for k in (1, 10)}
+            result[f"{who} R@10 unseen"] = round(recall_at(matrix[unseen], relevant[unseen], 10), 4)
+        result["queries unseen"] = int(unseen.sum())
         results.append(result)
     return results
 

@@ -1,4 +1,4 @@
-"""The command line, `sail ...`: build, encode, search, demo. It imports everything; nothing imports it."""
+"""The command line, `sail ...`: build, encode, search, train, demo. It imports everything; nothing imports it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sail", description="Omni-modal item embeddings: SAIL-Embedding.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="build|encode|search|demo")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="build|encode|search|train|demo")
 
     build = commands.add_parser("build", help="put a preset together as a folder in Hub format")
     build.add_argument("--preset", choices=sorted(PRESETS), required=True)
@@ -53,6 +53,11 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--task", default="q2i", help="task family of the instruction; 'none' for no instruction")
     search.add_argument("--top", type=int, default=10)
     search.set_defaults(run=_search)
+
+    train = commands.add_parser("train", help="run a recipe's stages; a killed run goes on where it stopped")
+    train.add_argument("recipe", help="a .yaml file, or the name of a shipped recipe")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="as in stages.base.steps=100")
+    train.set_defaults(run=_train)
 
     demo = commands.add_parser("demo", help="search Tux Paint by word, picture and speech; one HTML page")
     demo.add_argument("--model", type=Path, required=True)
@@ -94,6 +99,15 @@ def _search(args: argparse.Namespace) -> None:
     instruction = module.processor.instruction_for(_task(args.task), "query")
     for place, (name, score) in enumerate(search(module, index, [query], instruction, args.top)[0], start=1):
         print(f"{place:3d}  {score:.4f}  {name}")
+
+
+def _train(args: argparse.Namespace) -> None:
+    from .training.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    from .training.stages import run_recipe  # imports the Trainer: a bad recipe needs no such wait
+
+    print(run_recipe(recipe))
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -104,7 +104,9 @@ class Temperatures(nn.Module):
         """The scalar temperature of a dataset, in float32."""
         if name not in self.names:
             raise ValueError(f"No temperature for dataset {name!r}; the configuration has {self.names}.")
-        return self.log[self.names.index(name)].float().exp()
+        whole = getattr(self.log, "full_tensor", None)  # where ranks share the parameters out
+        log = self.log if whole is None else whole()
+        return log[self.names.index(name)].float().exp()
 
     def add(self, initial: dict[str, float]) -> None:
         """Give datasets that have no temperature yet their initial one; what was learned for the others stays."""
@@ -294,8 +296,6 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
         flags = {name: flag for name, flag in flags.items() if flag is not None}
         fused = self._fuse(embeds, (segments != PAD).long(), **flags, **kwargs)
         embeddings = self._pool(fused.last_hidden_state, segments)  # (B, D)
-        if use_all_parts:
-            embeddings = embeddings + self._unused_parts(image_features, audio_features, output_late_fusion)
         output = SailOutput(
             embeddings=embeddings,
             modality_mask=torch.stack([(segments == SEGMENT_OF[name]).any(dim=1) for name in MODALITIES], dim=1),
@@ -305,9 +305,11 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
         )
         if output_modality_embeddings:
             for name in MODALITIES:
-                output[f"{name}_embeddings"] = self._embed_alone(embeds, segments, SEGMENT_OF[name])
+                output[f"{name}_embeddings"] = self._embed_alone(embeds, segments, SEGMENT_OF[name], embeddings)
         if output_late_fusion:
             output["late_fusion_embeddings"] = self._late_fusion(embeds, segments, embeddings)
+        if use_all_parts:  # last, so that it moves no random number of what counts
+            output["embeddings"] = embeddings + self._unused_parts(image_features, audio_features, output_late_fusion)
         return output
 
     def _unused_parts(self, image_features: Tensor | None, audio_features: Tensor | None, gate_used: bool) -> Tensor:
@@ -384,16 +386,19 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
         weights = counted.to(hidden.dtype)[..., None]  # (B, L, 1)
         return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1)  # (B, D)
 
-    def _embed_alone(self, embeds: Tensor, segments: Tensor, segment: int) -> Tensor:
+    def _embed_alone(self, embeds: Tensor, segments: Tensor, segment: int, fused: Tensor) -> Tensor:
         """Embed each item from its prompt and one modality; what is left out is cut from the sequence, not masked.
 
-        So the vector equals that of the same item with the other modalities absent.
+        So the vector equals that of the same item with the other modalities absent; an item that has no other is done.
         """
-        rows = (segments == segment).any(dim=1).nonzero()[:, 0]
-        alone = embeds.new_zeros(len(segments), embeds.shape[-1], dtype=torch.float32)
+        has = (segments == segment).any(dim=1)
+        kept = (segments == PROMPT) | (segments == segment)
+        more = (~kept & (segments != PAD)).any(dim=1)
+        alone = torch.where((has & ~more)[:, None], fused, 0.0)  # (B, D)
+        rows = (has & more).nonzero()[:, 0]
         if not len(rows):
             return alone
-        kept = (segments[rows] == PROMPT) | (segments[rows] == segment)
+        kept = kept[rows]
         length = int(kept.sum(dim=1).max())
         order = (~kept).long().argsort(dim=1, stable=True)[:, :length]  # (R, L')
         short = torch.where(kept, segments[rows], PAD).gather(1, order)

@@ -1,7 +1,10 @@
-"""The benchmark runs, compares equal vectors, and prints the agreed keys."""
+"""Benchmarks run, compare what is equal on both sides, and print the agreed keys."""
 
 from __future__ import annotations
 
+import pytest
+from modeling_sail.evaluation.benchmarks import cache, loss
+from modeling_sail.evaluation.benchmarks.child import run_child
 from modeling_sail.evaluation.benchmarks.encode import encode_benchmark
 
 
@@ -13,3 +16,19 @@ def test_the_encode_benchmark_reports_both_sides_and_equal_vectors(tiny_folder) 
     assert len(differences) == 4
     assert max(differences) < 1e-5
     assert all(figure["ratio"] > 0 for figure in figures if figure["peer"] is not None)
+
+
+def test_both_sides_of_the_loss_benchmark_compute_the_same() -> None:
+    ours, dense = (loss._one(side, 96) for side in ("ours", "dense"))
+    assert ours["sums"] == pytest.approx(dense["sums"], rel=1e-4)
+    assert len(ours["seconds"]) == 1
+
+
+def test_all_sides_of_the_cache_benchmark_compute_the_same_gradient() -> None:
+    norms = [cache._one(side, 8, mini)["norm"] for side, mini in (("ours", 0), ("direct", 0), ("peer", 4))]
+    assert norms == pytest.approx([norms[1]] * 3, rel=1e-4)
+
+
+def test_a_child_that_fails_says_why() -> None:
+    with pytest.raises(RuntimeError, match="benchmarks.loss .*'side': 'nobody'.* failed"):
+        run_child("modeling_sail.evaluation.benchmarks.loss", {"side": "nobody", "size": 4})

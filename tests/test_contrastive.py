@@ -195,3 +195,10 @@ def test_ranks_with_different_numbers_of_queries_average_to_the_whole() -> None:
     parts = [matryoshka_nce(query[a:b], target, offset=a, **options) for a, b in ((0, 4), (4, 5), (5, 5))]
     torch.testing.assert_close(sum(parts) / 3, whole, atol=1e-12, rtol=0)
     assert parts[2] == 0
+
+
+def test_a_graph_that_was_kept_can_be_gone_back_through_twice() -> None:
+    query = torch.randn(4, 8, requires_grad=True)
+    loss = matryoshka_nce(query, torch.randn(4, 8), dims=[8], temperature=0.1)
+    first = torch.autograd.grad(loss, query, retain_graph=True)[0].clone()
+    torch.testing.assert_close(torch.autograd.grad(2 * loss, query)[0], 2 * first)

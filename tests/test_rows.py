@@ -11,8 +11,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from modeling_sail.training.patterns import LETTERS, PATTERNS, check_pattern, parts_of, valid_rows
-from modeling_sail.training.rows import Row, RowError, TrainingDataset, as_row, dropped_fields, open_source
+from modeling_sail.training.rows import (
+    Row,
+    RowError,
+    TrainingDataset,
+    as_row,
+    dropped_fields,
+    item_key,
+    open_source,
+)
 from modeling_sail.training.sampler import MOST_BEHIND, SpecializedBatches
+
+from .conftest import picture
 
 RECORDS = [{"id": f"r{n}", "query": f"query {n}", "target": {"id": f"t{n}", "title": f"target {n}"}} for n in range(10)]
 
@@ -67,6 +77,7 @@ def test_rows_are_the_same_from_every_kind_of_file(tmp_path, name, streamed) -> 
         ({"negatives": "one"}, "negatives must be a list of items, got str"),
         ({"score": "high"}, "score must be a number, got 'high'"),
         ({"score": float("nan")}, "score must be finite"),
+        ({"teacher_scores": 0.5}, "teacher_scores must be a list of numbers, got 0.5"),
         ({"teacher_scores": [1, 2]}, "teacher_scores has 2 entries; 1 are needed"),
     ],
 )
@@ -249,3 +260,46 @@ def test_two_datasets_of_one_name_and_a_dataset_without_rows_are_refused() -> No
         SpecializedBatches([dataset("a", 2), dataset("a", 3)], lambda draw: draw, 2)
     with pytest.raises(ValueError, match="'b' has no rows"):
         dataset("b", 0)
+
+
+def test_equal_media_have_equal_keys_and_different_ones_do_not() -> None:
+    import numpy as np
+
+    quiet, loud = np.zeros(48_000), np.zeros(48_000)
+    loud[20_000:21_000] = 1.0  # their printed forms are the same
+    assert item_key({"audio": (quiet, 16_000)}) != item_key({"audio": (loud, 16_000)})
+    assert item_key({"audio": (quiet, 16_000)}) == item_key({"audio": (quiet.copy(), 16_000)})
+    assert item_key({"image": picture(1)}) == item_key({"image": picture(1)}) != item_key({"image": picture(2)})
+    assert item_key({"image": b"1"}) != item_key({"image": b"2"})
+
+
+def test_a_negative_that_is_the_target_itself_has_its_id() -> None:
+    record = {
+        "query": "q",
+        "target": {"title": "t"},
+        "target_id": "named",
+        "negatives": [{"title": "t"}, {"title": "u"}],
+    }
+    row = as_row(record, "x")
+    assert row.negative_ids[0] == row.target_id != row.negative_ids[1]
+
+
+def test_a_source_that_raises_costs_its_row_alone() -> None:
+    def broken(generator):
+        raise OSError("a decoder gave up")
+
+    fine = Row("fine", "q", "t", "t")
+    draw = SpecializedBatches([TrainingDataset("d", [fine, broken])], lambda draw: draw, 2).draw(0)
+    assert [row.id for row in draw.rows] == ["fine"]
+    assert draw.skipped == [("d:1", "the record cannot be read (OSError: a decoder gave up)")]
+
+
+def test_a_stream_that_shares_itself_out_is_refused_in_workers() -> None:
+    from datasets import Dataset
+    from torch.utils.data import DataLoader
+
+    stream = Dataset.from_list([{"query": "q", "target": "t"}] * 8).to_iterable_dataset(num_shards=2)
+    batches = SpecializedBatches([TrainingDataset("s", stream)], first_ids, 2)
+    next(iter(DataLoader(batches, batch_size=None)))
+    with pytest.raises(ValueError, match="shares itself out over worker processes; use workers=0"):
+        next(iter(DataLoader(batches, batch_size=None, num_workers=2)))

@@ -140,3 +140,31 @@ def test_encoding_in_two_processes_gives_the_same_vectors(tiny_folder, tmp_path)
         print("same")
     """
     assert "same" in run_without_package(code, tiny_folder, tmp_path)
+
+
+def test_the_published_model_trains_a_step_with_sentence_transformers_own_trainer(tiny_folder, tmp_path) -> None:
+    from datasets import Dataset
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
+
+    model = SentenceTransformer(str(tiny_folder), trust_remote_code=True, device="cpu")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rows = {"anchor": [f"query {n}" for n in range(4)], "positive": [f"a target {n} that is longer" for n in range(4)]}
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=4,
+        report_to=[],
+        use_cpu=True,
+        learning_rate=1e-2,
+    )
+    trainer = SentenceTransformerTrainer(
+        model, arguments, train_dataset=Dataset.from_dict(rows), loss=MultipleNegativesRankingLoss(model)
+    )
+    trainer.train()
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert any("text_tower" in name for name in moved)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import pytest
 import torch
 import yaml
 from modeling_sail.training.__main__ import main
+from modeling_sail.training.build import build_tiny
 from modeling_sail.training.recipe import RECIPES, RecipeError, load_recipe
-from modeling_sail.training.stages import last_checkpoint, run_recipe
+from modeling_sail.training.stages import last_checkpoint, run_recipe, save_whole
 from safetensors.torch import load_file
 
 from modeling_sail import SailEmbeddingModel
@@ -204,7 +206,7 @@ def test_values_are_set_from_the_command_line_and_mistakes_are_told(recipe_of) -
     }.items():
         with pytest.raises(RecipeError, match=message):
             load_recipe(path, [override])
-    with pytest.raises(RecipeError, match="There is no recipe nothing; .* mini, paper"):
+    with pytest.raises(RecipeError, match="There is no recipe nothing; .* mini, .*paper"):
         load_recipe("nothing")
 
 
@@ -236,3 +238,83 @@ def test_a_feature_cache_trains_like_the_towers_themselves(recipe_of, tmp_path) 
     with pytest.raises(RecipeError, match=r"feature_cache needs frozen towers; add 'vision_tower.\*' to freeze"):
         change["stages"]["base"]["freeze"] = []
         run_recipe(load_recipe(recipe_of({**change, "output": str(tmp_path / "third")})))
+
+
+def resumed(tmp_path, recipe_of, change, keep):
+    """A stage run to its end, and one that goes on from one of its checkpoints."""
+    shared = {"stages.base.save_steps": 2, "stages.base.steps": 4, **change}
+    first = load_recipe(recipe_of({**shared, "output": str(tmp_path / "one")}, "one.yaml"))
+    run_recipe(first)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    base = tmp_path / "two" / "base"
+    for path in (base / "checkpoints").iterdir():
+        if path.name not in keep:
+            shutil.rmtree(path)
+    (base / "stage.json").unlink()
+    shutil.rmtree(base / "model")
+    shutil.rmtree(tmp_path / "two" / "fine")
+    run_recipe(load_recipe(recipe_of({**shared, "output": str(tmp_path / "two")}, "two.yaml")))
+    for stage in ("base", "fine"):
+        one, other = (load_file(tmp_path / name / stage / "model" / "model.safetensors") for name in ("one", "two"))
+        assert all(torch.equal(one[name], other[name]) for name in one), stage
+    return json.loads((base / "stage.json").read_text())
+
+
+def test_a_stage_killed_after_its_last_step_takes_no_step_more(recipe_of, tmp_path) -> None:
+    assert resumed(tmp_path, recipe_of, {}, ["checkpoint-4"])["steps"] == 4
+
+
+def test_dropout_goes_on_with_the_same_random_numbers(recipe_of, tmp_path) -> None:
+    model, processor = build_tiny()
+    model.config.text_config.attention_dropout = 0.3
+    save_whole(model, processor, tmp_path / "dropout")
+    change = {"model": str(tmp_path / "dropout"), "stages.fine.lora": {"r": 2, "dropout": 0.2}}
+    assert resumed(tmp_path, recipe_of, change, ["checkpoint-2"])["steps"] == 4
+
+
+def test_one_loss_can_be_set_without_losing_the_others_and_broken_values_are_told(recipe_of) -> None:
+    change = {"defaults.losses": {"nce": 1.0, "cosent": 0.1}, "stages.base": {"steps": 2}}
+    recipe = load_recipe(recipe_of(change), ["stages.base.losses.nce=2.0", "defaults.steps=9"])
+    assert recipe.stages["base"].losses == {"nce": 2.0, "cosent": 0.1}
+    assert (recipe.stages["base"].steps, recipe.stages["fine"].steps) == (2, 3)
+    lone = load_recipe(recipe_of({"stages.base": {"steps": 2}}), ["stages.base.losses.micl=0.2"])
+    assert lone.stages["base"].losses == {"nce": 1.0, "micl": 0.2}
+    for change, message in (
+        ({"defaults": [1]}, "defaults must be a mapping"),
+        ({"stages.base.optimizer": "adam"}, r"stages.base.optimizer is 'adam'; it must be known to transformers"),
+        ({"stages.base.options": {"margin": float("nan")}}, "stages.base.options.margin must be finite"),
+        (
+            {"stages.fine.lora": {"target_modules": "("}},
+            "stages.fine.lora.target_modules: '\\(' is no regular expression",
+        ),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(recipe_of(change))
+    with pytest.raises(RecipeError, match=r"stages.base.freeze: '\[a' is no YAML value"):
+        load_recipe(recipe_of(), ["stages.base.freeze=[a"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"datasets.rows.tasks": ["i3i"]},
+            r"datasets.rows.tasks: 'i3i' has no instructions; there are \['cls', 'i2i', 'q2i'\]",
+        ),
+        ({"stages.fine.lora": {"train_too": ["percever"]}}, "stages.fine.lora.train_too: there is no part 'percever'"),
+        ({"stages.fine.lora": {"target_modules": "nothing"}}, "lora.target_modules: 'nothing' matches no module"),
+    ],
+)
+def test_what_does_not_fit_the_model_fails_before_any_weight_loads(recipe_of, change, message, monkeypatch) -> None:
+    monkeypatch.setattr(SailEmbeddingModel, "from_pretrained", None)
+    with pytest.raises(RecipeError, match=message):
+        run_recipe(load_recipe(recipe_of(change)))
+
+
+def test_what_only_a_later_stage_uses_does_not_refuse_an_earlier_one(recipe_of) -> None:
+    one, other, third = (
+        load_recipe(recipe_of({"stages.base.datasets": {"rows": 1}, **change}))
+        for change in ({}, {"datasets.texts.temperature": 0.2}, {"datasets.rows.temperature": 0.2})
+    )
+    assert one.fingerprint("base") == other.fingerprint("base") != third.fingerprint("base")
+    assert one.fingerprint("fine") != other.fingerprint("fine")

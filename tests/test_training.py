@@ -7,14 +7,19 @@ import random
 
 import pytest
 import torch
+from modeling_sail.evaluation.recipe_comparison import table
 from modeling_sail.training import build as build_module
 from modeling_sail.training import mini
 from modeling_sail.training.build import apply_trained, build_tiny
 from modeling_sail.training.collate import Collator
 from modeling_sail.training.data import mini_pairs
-from modeling_sail.training.feature_cache import FeatureCache, tower_features
+from modeling_sail.training.feature_cache import FeatureCache, cache_media, tower_features
 from modeling_sail.training.rows import Row, TrainingDataset
 from modeling_sail.training.sampler import SpecializedBatches
+from modeling_sail.training.stages import save_whole
+
+from modeling_sail import SailEmbeddingModel
+from modeling_sail.processing_sail import SailEmbeddingProcessor
 
 from .conftest import picture, sound
 
@@ -52,6 +57,39 @@ def test_cached_features_embed_like_the_media_themselves(caches, tiny, files) ->
     torch.testing.assert_close(uncached, direct, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("item", "reason"),
+    [
+        ({"video": "a.mp4", "title": "t"}, "video: a feature cache holds one picture"),
+        ({"images": ["a.png"]}, "images: a feature cache holds one picture"),
+        ({"image": picture(1)}, "image: with a feature cache it must be a path, got Image"),
+        ({"title": " "}, "item: nothing is left"),
+    ],
+)
+def test_what_a_feature_cache_cannot_hold_is_a_bad_item(caches, tiny, item, reason) -> None:
+    assert reason in Collator(tiny[1], *caches).prepare([item])[0].reason
+
+
+def test_another_tower_has_a_cache_of_its_own(tiny, files, tmp_path) -> None:
+    model, processor = tiny
+    row = Row("r", {"image": str(files / "1.png")}, "one", "1")
+    datasets = [TrainingDataset("d", [row])]
+    cache_media(model, processor, datasets, tmp_path)
+    again = SailEmbeddingModel.from_pretrained(_saved(tiny, tmp_path / "saved"))
+    cache_media(again, SailEmbeddingProcessor.from_pretrained(tmp_path / "saved"), datasets, tmp_path)
+    assert len(list(tmp_path.glob("images-*"))) == 1
+    with torch.no_grad():
+        again.vision_tower.layernorm.weight += 1
+    cache_media(again, processor, datasets, tmp_path)
+    assert len(list(tmp_path.glob("images-*"))) == 2
+    assert len(list(tmp_path.glob("sounds-*"))) == 1
+
+
+def _saved(tiny, folder):
+    save_whole(*tiny, folder)
+    return folder
+
+
 def test_a_file_that_is_not_in_the_cache_is_a_bad_row(caches, tiny, files) -> None:
     collate = Collator(tiny[1], *caches)
     good = Row("good", {"image": str(files / "1.png")}, "one", "1")
@@ -76,7 +114,7 @@ def test_the_cache_resumes_and_remembers_what_failed(tiny, files, tmp_path) -> N
     (tmp_path / "cache" / "half.partial").write_bytes(b"a killed write")
     again = FeatureCache(tmp_path / "cache")
     again.add(keys, compute, "second")
-    assert calls == [keys[:2], [keys[2]]]
+    assert calls == [keys[:2], keys[1:]]  # what failed is tried again: the file may be there now
     assert keys[1] in again.failed
     assert "image" in again.failed[keys[1]]
     assert torch.equal(again[keys[0]], cache[keys[0]])
@@ -153,3 +191,21 @@ def test_records_of_the_recipe_are_drawn_by_the_generator() -> None:
     assert make(random.Random(5)) == make(random.Random(5))
     dataset = TrainingDataset("openclipart", [make])
     assert dataset.read(0, random.Random(1)).query == {"image": "x.png"}
+
+
+def test_two_drawings_of_a_title_and_two_graded_titles_are_rows() -> None:
+    rows = [{"id": n, "title": "Cat", "tags": ["pet", "animal"][:n], "image": f"{n}.png"} for n in range(3)]
+    made = TrainingDataset("t", [mini_pairs._twins(rows)]).read(0, random.Random(0))
+    assert set(made.query) == {"image", "title"}
+    assert set(made.target) == {"image", "tags"}
+    assert made.query["image"] != made.target["image"]
+    graded = TrainingDataset("g", [mini_pairs._graded(rows[1], rows[2])]).read(0, random.Random(0))
+    assert graded.score == 0.5
+
+
+def test_the_comparison_says_the_mean_and_the_spread() -> None:
+    found = {
+        "before": {"-": [{"task": "a", "model R@10": 0.1}]},
+        "full": {str(seed): [{"task": "a", "model R@10": value}] for seed, value in enumerate((0.2, 0.3, 0.25))},
+    }
+    assert table(found).splitlines()[-1] == "| a | 0.100 | 0.250 ± 0.050 |"

@@ -136,12 +136,23 @@ class Collator:
     def _looked_up(self, item: Item) -> Prepared:
         fields = {"text": item} if isinstance(item, str) else item
         found: dict[str, Tensor | None] = {}
+        for name in ("images", "video"):
+            if fields.get(name):
+                return Prepared(reason=f"{name}: a feature cache holds one picture (image) and one sound (audio) alone")
         for name, cache in (("image", self.images), ("audio", self.sounds)):
+            if name in fields and not isinstance(fields[name], str):
+                return Prepared(
+                    reason=f"{name}: with a feature cache it must be a path, got {type(fields[name]).__name__}"
+                )
             if name in fields and (cache is None or fields[name] not in cache):
-                return Prepared(reason=f"{name}: {fields[name]!r} is not in the feature cache")
+                why = "is not in the feature cache" if cache is None else cache.why_missing(fields[name])
+                return Prepared(reason=f"{name}: {fields[name]!r} {why}")
             found[name] = cache[fields[name]] if name in fields and cache is not None else None
         texts = {name: clean_text(fields[name]) for name in FORMAT_ORDER if fields.get(name)}
+        texts = {name: text for name, text in texts.items() if text}
         pictures, sounds = found["image"], found["audio"]
+        if not texts and pictures is None and sounds is None:
+            return Prepared(reason="item: nothing is left; give text that can be seen, image or audio")
         layout = Layout(texts, 0 if pictures is None else len(pictures), sounds is not None)
         return Prepared(layout, None, pictures, sounds)
 

@@ -111,100 +111,133 @@ class _BlockedNCE(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, target: Tensor, hard: Tensor | None, temperature: Tensor, terms: _Terms
     ) -> Tensor:
-        wanted = any(ctx.needs_input_grad)
-        sums = _Sums(query, target, hard, temperature, terms)
-        rows = max(1, BLOCK_SCORES // max(1, len(target) * len(terms.dims)))
-        for start in range(0, len(query), rows):
-            sums.add(slice(start, min(start + rows, len(query))), wanted)
-        if wanted:
-            ctx.save_for_backward(*sums.gradients())
+        sums = _summed(query, target, hard, temperature, terms, any(ctx.needs_input_grad))
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(query, target, temperature, *(() if hard is None else (hard,)))
+            ctx.terms = terms
+            ctx.gradients = sums.gradients()
         return sums.loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, output: Tensor) -> tuple[Tensor | None, ...]:
-        query, target, hard, temperature = ctx.saved_tensors
-        return output * query, output * target, None if hard is None else output * hard, output * temperature, None
+        if ctx.gradients is None:  # a second backward through a graph that was kept: they were handed over
+            query, target, temperature, *hard = ctx.saved_tensors
+            ctx.gradients = _summed(query, target, hard[0] if hard else None, temperature, ctx.terms, True).gradients()
+        gradients, ctx.gradients = ctx.gradients, None
+        return (*(None if gradient is None else gradient.mul_(output) for gradient in gradients), None)
+
+
+def _summed(
+    query: Tensor, target: Tensor, hard: Tensor | None, temperature: Tensor, terms: _Terms, wanted: bool
+) -> _Sums:
+    """Loss and, if wanted, gradients of all blocks."""
+    sums = _Sums(query, target, hard, temperature, terms, wanted)
+    rows = max(1, BLOCK_SCORES // max(1, len(target) * len(terms.dims)))
+    for start in range(0, len(query), rows):
+        sums.add(slice(start, min(start + rows, len(query))))
+    return sums
 
 
 class _Sums:
-    """Loss and gradients as they grow block by block. ``cosine = dot / (|q| |t|)``, ``score = cosine / temperature``.
+    """Loss and gradients as they grow block by block. ``score = dot / (|q| |t| temperature)``.
 
-    With G the derivative by the cosine: the derivative by q is G's product with t, less q times the row sums of
-    G * cosine; both divided by the lengths. The second part is kept as one number a row, and applied at the end.
+    With S the softmax less the positive's 1, over the count: the derivative by q is S / (|q| |t| temperature) times t,
+    less q times the row sum of S * score over |q| squared. The second part is kept as one number a row, and applied at
+    the end. In the same way for targets, with column sums.
     """
 
-    def __init__(self, query: Tensor, target: Tensor, hard: Tensor | None, temperature: Tensor, terms: _Terms) -> None:
+    def __init__(
+        self,
+        query: Tensor,
+        target: Tensor,
+        hard: Tensor | None,
+        temperature: Tensor,
+        terms: _Terms,
+        wanted: bool,
+    ) -> None:
         self.query, self.target, self.hard, self.temperature, self.terms = query, target, hard, temperature, terms
+        self.wanted = wanted  # gradients
         self.loss = query.new_zeros(())
-        self.by_query, self.by_target = torch.zeros_like(query), torch.zeros_like(target)
-        self.by_hard = None if hard is None else torch.zeros_like(hard)
         self.by_temperature = query.new_zeros(())
         self.inverse = [_inverse_lengths(part, terms.dims) for part in (query, target)]
         self.inverse_hard = None if hard is None else _inverse_lengths(hard, terms.dims)
-        self.along = [torch.zeros_like(part) for part in self.inverse]
-        self.along_hard = None if self.inverse_hard is None else torch.zeros_like(self.inverse_hard)
+        if wanted:
+            self.by_query, self.by_target = torch.zeros_like(query), torch.zeros_like(target)
+            self.by_hard = None if hard is None else torch.zeros_like(hard)
+            self.along = [torch.zeros_like(part) for part in self.inverse]
+            self.along_hard = None if self.inverse_hard is None else torch.zeros_like(self.inverse_hard)
 
-    def add(self, rows: slice, wanted: bool) -> None:
+    def add(self, rows: slice) -> None:
         """One block of queries: its part of the loss and, if wanted, of every gradient."""
-        dot: Tensor | None = None
+        positive = torch.arange(rows.start, rows.stop, device=self.query.device) + self.terms.offset
+        excluded = self._excluded(rows, positive)
+        dot = self.query.new_zeros(len(positive), len(self.target))
         dot_hard: Tensor | None = None
         partial: list[tuple[Tensor, Tensor | None]] = []
         for place, (begin, end) in enumerate(pairwise((0, *self.terms.dims))):
             part = self.query[rows, begin:end]
-            product = part @ self.target[:, begin:end].T
-            dot = product if dot is None else dot + product
+            dot.addmm_(part, self.target[:, begin:end].T)
             if self.hard is not None:
                 product = torch.einsum("bd,bkd->bk", part, self.hard[rows, :, begin:end])
                 dot_hard = product if dot_hard is None else dot_hard + product
-            partial.append(self._add_length(place, rows, dot, dot_hard, wanted))
-        if wanted:
+            partial.append(self._add_length(place, rows, positive, dot, dot_hard, excluded))
+        if self.wanted:
             self._back(rows, partial)
 
     def _add_length(
-        self, place: int, rows: slice, dot: Tensor, dot_hard: Tensor | None, wanted: bool
+        self,
+        place: int,
+        rows: slice,
+        positive: Tensor,
+        dot: Tensor,
+        dot_hard: Tensor | None,
+        excluded: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """The loss at one length; returns its derivatives by the dot products."""
-        size = len(dot)
-        by_row, by_column = self.inverse[0][place, rows, None], self.inverse[1][place]
-        cosine = dot * by_row * by_column  # (b, N)
+        here = torch.arange(len(dot), device=dot.device)
+        by_row, by_column = self.inverse[0][place, rows, None] / self.temperature, self.inverse[1][place]
+        scores = (dot * by_row).mul_(by_column)  # (b, N)
         hard_scale = None
         if dot_hard is not None and self.inverse_hard is not None:
             hard_scale = by_row * self.inverse_hard[place, rows]
-            cosine = torch.cat([cosine, dot_hard * hard_scale], dim=1)  # (b, N + K)
-        here = torch.arange(size, device=dot.device)
-        positive = here + rows.start + self.terms.offset
-        scores = (cosine / self.temperature).masked_fill_(self._excluded(rows, cosine, positive), float("-inf"))
-        total = scores.logsumexp(dim=1)
-        self.loss = self.loss + (total - scores[here, positive]).sum() / self.terms.count
-        if not wanted:
+            scores = torch.cat([scores, dot_hard * hard_scale], dim=1)  # (b, N + K)
+        if self.terms.margin is not None:
+            above = scores > scores[here, positive][:, None] + self.terms.margin / self.temperature
+            excluded = above if excluded is None else above | excluded
+            excluded[here, positive] = False
+        logarithm = (scores if excluded is None else scores.masked_fill(excluded, float("-inf"))).log_softmax(dim=1)
+        self.loss -= logarithm[here, positive].sum() / self.terms.count
+        if not self.wanted:
             return dot, dot_hard
-        slope = scores.sub_(total[:, None]).exp_()
+        slope = logarithm.exp_()
         slope[here, positive] -= 1
-        slope /= self.temperature * self.terms.count
-        pull = slope * cosine
-        self.by_temperature = self.by_temperature - pull.sum() / self.temperature
+        slope /= self.terms.count
+        pull = scores.mul_(slope)
+        along = pull.sum(dim=1)
+        self.by_temperature -= along.sum() / self.temperature
         columns = dot.shape[1]
-        self.along[0][place, rows] = pull.sum(dim=1)
+        self.along[0][place, rows] = along
         self.along[1][place] += pull[:, :columns].sum(dim=0)
         if hard_scale is None or self.along_hard is None:
-            return slope * by_row * by_column, None
+            return slope.mul_(by_row).mul_(by_column), None
         self.along_hard[place, rows] = pull[:, columns:]
         return slope[:, :columns] * by_row * by_column, slope[:, columns:] * hard_scale
 
-    def _excluded(self, rows: slice, cosine: Tensor, positive: Tensor) -> Tensor:
-        """(b, N + K) True where a score does not count."""
-        here = torch.arange(len(positive), device=cosine.device)
-        out = torch.zeros_like(cosine, dtype=torch.bool)
-        ids, mask, columns = self.terms.target_ids, self.terms.hard_mask, len(self.target)
+    def _excluded(self, rows: slice, positive: Tensor) -> Tensor | None:
+        """(b, N + K) True where a score does not count at any length; None where all count."""
+        ids, mask = self.terms.target_ids, self.terms.hard_mask
+        if ids is None and mask is None:
+            return None
+        size, columns = len(positive), len(self.target)
+        out = torch.zeros(size, columns, dtype=torch.bool, device=positive.device)
         if ids is not None:
-            out[:, :columns] = ids[positive][:, None] == ids[None]
-        if mask is not None:
-            out[:, columns:] = ~mask[rows]
-        if self.terms.margin is not None:
-            out |= cosine > cosine[here, positive][:, None] + self.terms.margin
-        out[here, positive] = False
-        return out
+            out = ids[positive][:, None] == ids[None]
+            out[torch.arange(size, device=out.device), positive] = False
+        if self.hard is None:
+            return out
+        hard = out.new_zeros(size, self.hard.shape[1]) if mask is None else ~mask[rows]
+        return torch.cat([out, hard], dim=1)
 
     def _back(self, rows: slice, partial: list[tuple[Tensor, Tensor | None]]) -> None:
         """Derivatives by the dot products to gradients: a slice is part of every length that is not shorter."""
@@ -212,9 +245,9 @@ class _Sums:
         slope_hard: Tensor | None = None
         spans = list(pairwise((0, *self.terms.dims)))
         for (begin, end), (more, more_hard) in zip(reversed(spans), reversed(partial), strict=True):
-            slope = more if slope is None else slope + more
+            slope = more if slope is None else more.add_(slope)
             self.by_query[rows, begin:end] = slope @ self.target[:, begin:end]
-            self.by_target[:, begin:end] += slope.T @ self.query[rows, begin:end]
+            self.by_target[:, begin:end].addmm_(slope.T, self.query[rows, begin:end])
             if self.hard is None or self.by_hard is None or more_hard is None:
                 continue
             slope_hard = more_hard if slope_hard is None else slope_hard + more_hard
@@ -223,14 +256,17 @@ class _Sums:
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """By query, target, hard negatives and temperature."""
-        parts = [(self.by_query, self.query, *pair) for pair in [(self.along[0], self.inverse[0])]]
-        parts += [(self.by_target, self.target, self.along[1], self.inverse[1])]
+        parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = [
+            (self.by_query, self.query, self.along[0], self.inverse[0]),
+            (self.by_target, self.target, self.along[1], self.inverse[1]),
+        ]
         if self.hard is not None and self.by_hard is not None:
-            parts += [(self.by_hard, self.hard, self.along_hard, self.inverse_hard)]
+            assert self.along_hard is not None and self.inverse_hard is not None
+            parts.append((self.by_hard, self.hard, self.along_hard, self.inverse_hard))
         for gradient, values, along, inverse in parts:
             less = (along * inverse.square()).flip(0).cumsum(0).flip(0)  # of every length that is not shorter
             for place, (begin, end) in enumerate(pairwise((0, *self.terms.dims))):
-                gradient[..., begin:end] -= less[place][..., None] * values[..., begin:end]
+                gradient[..., begin:end].addcmul_(less[place][..., None], values[..., begin:end], value=-1)
         return self.by_query, self.by_target, self.by_hard, self.by_temperature
 
 

@@ -49,10 +49,14 @@ class FeatureCache:
         """(F, T, C) float16: F pictures or windows of T tokens."""
         return self.entries[key]
 
+    def why_missing(self, key: str) -> str:
+        """What to say of a key that is not there."""
+        return f"cannot be read ({self.failed[key]})" if key in self.failed else "is not in the feature cache"
+
     def add(
         self, keys: Sequence[str], compute: Callable[[list[str]], tuple[list[Tensor], list[ItemStatus]]], name: str
     ) -> None:
-        """Compute what is missing. A key that fails is remembered with its reason, and left out.
+        """Compute what is missing. A key that fails is left out, its reason in ``failed``; the next run tries again.
 
         Args:
             keys: what is wanted.
@@ -64,15 +68,16 @@ class FeatureCache:
             block = missing[start : start + BLOCK]
             features, statuses = compute(block)
             good = [key for key, status in zip(block, statuses, strict=True) if status.status == "ok"]
-            bad = {block[s.index]: f"{s.field}: {s.reason}" for s in statuses if s.status != "ok"}
-            self._write(dict(zip(good, features, strict=True)), bad)
+            self.failed |= {block[s.index]: f"{s.field}: {s.reason}" for s in statuses if s.status != "ok"}
+            if good:
+                self._write(dict(zip(good, features, strict=True)))
 
-    def _write(self, features: dict[str, Tensor], failed: dict[str, str]) -> None:
-        name = hashlib.sha256("\n".join([*features, *failed]).encode()).hexdigest()[:16]
+    def _write(self, features: dict[str, Tensor]) -> None:
+        name = hashlib.sha256("\n".join(features).encode()).hexdigest()[:16]
         tensors = {str(index): tensor.half().contiguous() for index, tensor in enumerate(features.values())}
         path = self.folder / f"{name}.safetensors"
         partial = path.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"keys": json.dumps(list(features)), "failed": json.dumps(failed)})
+        save_file(tensors, partial, metadata={"keys": json.dumps(list(features))})
         os.replace(partial, path)
         self._read(path)
 
@@ -81,7 +86,6 @@ class FeatureCache:
             metadata = block.metadata()
             for index, key in enumerate(json.loads(metadata["keys"])):
                 self.entries[key] = block.get_tensor(str(index))
-            self.failed.update(json.loads(metadata["failed"]))
 
 
 def tower_features(
@@ -118,7 +122,8 @@ def cache_media(
     Raises:
         ValueError: a dataset is streamed.
     """
-    images, sounds = FeatureCache(folder / "images"), FeatureCache(folder / "sounds")
+    images = FeatureCache(folder / f"images-{_fingerprint(model.vision_tower, processor.image_processor)}")
+    sounds = FeatureCache(folder / f"sounds-{_fingerprint(model.audio_tower, processor.feature_extractor)}")
     wanted: dict[str, list[str]] = {"image": [], "audio": []}
     for dataset in datasets:
         source = dataset.source
@@ -137,6 +142,17 @@ def cache_media(
         images.add(wanted["image"], tower_features(model, processor, "image"), "pictures")
     sounds.add(wanted["audio"], tower_features(model, processor, "audio"), "sounds")
     return images, sounds
+
+
+def _fingerprint(tower: Any, preprocessor: Any) -> str:
+    """Of all that features depend on but the file: another tower, or this one trained on, has a cache of its own."""
+    settings = {
+        name: value for name, value in preprocessor.to_dict().items() if name not in ("auto_map", "processor_class")
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in [] if tower is None else sorted(tower.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _items_of(dataset: Any) -> Iterator[Any]:

@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import random
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,8 @@ from .towers import imagenet_class_names, load_lite0_classifier
 from .warm_start import into_tokens, text_encoder, warm_audio, warm_vision
 
 logger = logging.getLogger(__name__)
+
+_TRAINING_ONLY = {"temperatures.log"}  # of these sources; another training brings its own
 
 
 def cache_features(
@@ -96,7 +97,7 @@ def export(model: SailEmbeddingModel, base: SailEmbeddingModel, out: Path, notes
     changed = {
         name: tensor.half().contiguous()
         for name, tensor in model.state_dict().items()
-        if not name.startswith(towers) or not torch.equal(tensor, before[name])
+        if name not in _TRAINING_ONLY and (not name.startswith(towers) or not torch.equal(tensor, before[name]))
     }
     out.mkdir(parents=True, exist_ok=True)
     save_file(changed, out / "trained.safetensors")
@@ -133,17 +134,17 @@ def main(arguments: list[str] | None = None) -> None:
     places = [f"model={warm}", f"output={args.work / 'stages'}", f"defaults.feature_cache={args.work}"]
     recipe = load_recipe(args.recipe, [*places, f"seed={args.seed}", *args.overrides])
     trained = SailEmbeddingModel.from_pretrained(run_recipe(recipe))
-    last = args.work / "stages" / list(recipe.stages)[-1]
     notes = {
         "recipe": args.recipe,
         "overrides": args.overrides,
         "seed": args.seed,
         "seconds": round(time.time() - begun),
-        "rows": {name: len(SOURCES[name]()) for name in SOURCES},
+        "rows": {name: len(SOURCES[spec.path.partition(":")[2]]()) for name, spec in recipe.datasets.items()},
         "torch": torch.__version__,
     }
     export(trained, assemble("mini")[0], args.out, notes)
-    shutil.copy(last / "log.json", args.out / "log.json")
+    logs = {name: json.loads((args.work / "stages" / name / "log.json").read_text()) for name in recipe.stages}
+    (args.out / "log.json").write_text(json.dumps(logs) + "\n", encoding="utf-8")
 
 
 def unfreeze_top(model: SailEmbeddingModel, layers: int = 2) -> None:

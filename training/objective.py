@@ -27,6 +27,7 @@ class Options:
     """Settings of the terms.
 
     Attributes:
+        matryoshka: NCE at every Matryoshka length; False at the whole length alone.
         symmetric: contrast targets with queries too, and take the mean of both ways.
         margin: targets that score above the positive by more than this are no negatives; None keeps all.
         micl_audio: mICL over isolated sound embeddings too (section 3.3.2 has vision and text).
@@ -35,6 +36,7 @@ class Options:
         student_temperature: of the model's, in both preference terms.
     """
 
+    matryoshka: bool = True
     symmetric: bool = True
     margin: float | None = None
     micl_audio: bool = False
@@ -109,7 +111,7 @@ def contrast(step: Step, query_kind: str, target_kind: str, valid: Tensor, hard:
         return None
     query, target = step.query(query_kind)[valid], step.target(target_kind)[valid]
     options: dict[str, Any] = {
-        "dims": step.dims,
+        "dims": step.dims if step.options.matryoshka else step.dims[-1:],
         "temperature": step.temperature,
         "target_ids": gather(step.batch["target_ids"][valid], counts, differentiable=False),
         "offset": sum(counts[: rank()]),
@@ -251,19 +253,12 @@ class Objective:
         return kinds
 
     def __call__(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and the value of every term before its weight.
-
-        Raises:
-            ValueError: no term applies to the batch.
-        """
+        """The loss, and the value of every term before its weight; zero and nothing where no term applies."""
         weights = self.weights_for(step.batch)
         terms = {name: TERMS[name](step) for name in TERMS if name in weights}
         found = {name: term for name, term in terms.items() if term is not None}
-        if not found:
-            raise ValueError(
-                f"Dataset {step.batch['dataset']!r} has nothing that the terms {sorted(weights)} can be computed from; "
-                "give it another loss weight, a pattern that its rows have, or scores."
-            )
+        if not found:  # for example a batch without a picture, where ITC is the only term
+            return 0.0 * (step.temperature + torch.stack([one.sum() for one in step.embeddings.values()]).sum()), {}
         loss = torch.stack([weights[name] * term for name, term in found.items()]).sum()
         return loss, {name: term.detach() for name, term in found.items()} | step.details
 

@@ -6,16 +6,20 @@ value can be set from the command line by its dotted name, as in ``stages.base.s
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from transformers.training_args import OptimizerNames
 
 from .objective import Options, check_weights
 from .patterns import check_pattern
@@ -141,15 +145,24 @@ class Recipe:
     folder: Path = Path()
 
     def fingerprint(self, stage: str) -> str:
-        """A hash of all that decides a stage's result: it, the stages before it, datasets, model, seed."""
-        before = list(self.stages)[: list(self.stages).index(stage) + 1]
-        bookkeeping = ("logging_steps", "save_steps", "report_to", "workers")
-        said = asdict(self) | {"stages": {name: asdict(self.stages[name]) for name in before}}
-        for one in said["stages"].values():
-            for name in bookkeeping:
-                one.pop(name)
-        kept = {name: said[name] for name in ("model", "datasets", "stages", "seed")}
-        return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+        """A hash of all that decides a stage's result: it and the stages before it, their datasets, model, seed.
+
+        The order of datasets and stages counts, as draws are by place.
+        """
+        stages = list(self.stages)[: list(self.stages).index(stage) + 1]
+        said: list[Any] = [self.model, self.seed]
+        for name in stages:
+            spec = self.stages[name]
+            settings = {key: value for key, value in asdict(spec).items() if key not in _BOOKKEEPING}
+            drawn = [
+                [key, asdict(part)] for key, part in self.datasets.items() if key in (spec.datasets or self.datasets)
+            ]
+            said.append([name, settings, drawn])
+        return hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()
+
+
+# Settings that decide how a stage is watched, not what comes of it.
+_BOOKKEEPING = ("logging_steps", "save_steps", "report_to", "workers")
 
 
 def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -177,23 +190,32 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             f"{path} holds {_called(content)}; a recipe is a mapping with model, output, datasets, stages."
         )
     for override in overrides:
-        _set(content, override)
-    defaults = content.pop("defaults", None) or {}
-    stages = content.get("stages")
-    if isinstance(defaults, dict) and isinstance(stages, dict):
-        content["stages"] = {
-            stage: _merged(defaults, part or {}) if isinstance(part, dict | NoneType) else part
-            for stage, part in stages.items()
-        }
+        if override.startswith("defaults"):
+            _set(content, override)
+    _spread_defaults(content)
+    for override in overrides:
+        if not override.startswith("defaults"):
+            _set(content, override)
     recipe: Recipe = _build(Recipe, content, "")
     recipe.folder = path.parent if path.parent != RECIPES else Path()
     _check(recipe)
     return recipe
 
 
-def _merged(defaults: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
-    """A stage's own values over the defaults'; nested mappings are not merged, but taken whole."""
-    return {**defaults, **part}
+def _spread_defaults(content: dict[str, Any]) -> None:
+    """Give each stage the defaults that it does not set itself; a nested mapping is taken whole.
+
+    Losses are written out, so that one of them can be set from the command line without losing the others.
+    """
+    defaults, stages = content.pop("defaults", None), content.get("stages")
+    if not isinstance(defaults, dict | NoneType):
+        raise RecipeError(f"defaults must be a mapping, it is {_called(defaults)}.")
+    if not isinstance(stages, dict):
+        return
+    for name, part in stages.items():
+        if isinstance(part, dict | NoneType):
+            stages[name] = {**copy.deepcopy(defaults or {}), **(part or {})}
+            stages[name].setdefault("losses", {"nce": 1.0})
 
 
 def _set(content: dict[str, Any], override: str) -> None:
@@ -212,7 +234,10 @@ def _set(content: dict[str, Any], override: str) -> None:
         place = place[name]
     if not isinstance(place, dict):
         raise RecipeError(f"{key}: {'.'.join(path)} is no mapping.")
-    place[last] = yaml.safe_load(value)
+    try:
+        place[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{key}: {value!r} is no YAML value ({error})") from error
 
 
 # --- from mappings to dataclasses -----------------------------------------------------------------------------------
@@ -269,6 +294,8 @@ def _build_scalar(kind: Any, value: Any, key: str) -> Any:
     if not good:
         named = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}[kind]
         raise RecipeError(f"{key} must be {named}, it is {_called(value)}.")
+    if kind is float and not math.isfinite(value):
+        raise RecipeError(f"{key} must be finite, it is {_called(value)}.")
     return float(value) if kind is float else value
 
 
@@ -319,6 +346,19 @@ def _check_stage(stage: StageSpec, key: str, datasets: list[str]) -> None:
     for name in ("steps", "batch_size", "accumulation", "logging_steps", "save_steps"):
         _need(getattr(stage, name) >= 1, f"{key}.{name}", getattr(stage, name), "an integer >= 1")
     _need(stage.token_budget is None or stage.token_budget > 0, f"{key}.token_budget", stage.token_budget, "above 0")
+    _need(stage.weight_decay >= 0, f"{key}.weight_decay", stage.weight_decay, ">= 0")
+    optimizers = [str(one.value) for one in OptimizerNames]
+    near = difflib.get_close_matches(stage.optimizer, optimizers, 3) or optimizers[:3]
+    _need(
+        stage.optimizer in optimizers,
+        f"{key}.optimizer",
+        stage.optimizer,
+        f"known to transformers ({', '.join(near)}, ...)",
+    )
+    if stage.lora is not None:
+        _need(stage.lora.r >= 1, f"{key}.lora.r", stage.lora.r, "an integer >= 1")
+        _need(0 <= stage.lora.dropout < 1, f"{key}.lora.dropout", stage.lora.dropout, "from 0 to below 1")
+        _guard(f"{key}.lora.target_modules", _check_expression, stage.lora.target_modules)
     _need(stage.workers >= 0, f"{key}.workers", stage.workers, "an integer >= 0")
     for name in (
         "learning_rate",
@@ -337,6 +377,13 @@ def _check_stage(stage: StageSpec, key: str, datasets: list[str]) -> None:
         _need(0 <= getattr(stage, name) <= 1, f"{key}.{name}", getattr(stage, name), "between 0 and 1")
     for name, value in stage.learning_rates.items():
         _need(value >= 0, f"{key}.learning_rates.{name}", value, ">= 0")
+
+
+def _check_expression(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression ({error})") from error
 
 
 def _need(holds: bool, key: str, value: Any, needed: str) -> None:

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..items_sail import FORMAT_ORDER, MEDIA_FIELDS
 from ..processing_sail import SIDES
 from .patterns import check_pattern
@@ -86,14 +88,16 @@ def as_row(record: Record, default_id: str, folder: Path | None = None) -> Row:
     if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable):
         raise RowError(name, f"negatives must be a list of items, got {type(given).__name__}")
     negatives = tuple(_item(value, "negatives", name, folder) for value in given)
-    target_id = record.get("target_id")
+    target_id, content = record.get("target_id"), item_key(target)
+    ids = [item_key(value) for value in negatives]
     return Row(
         id=name,
         query=query,
         target=target,
-        target_id=item_key(target) if target_id is None else str(target_id),
+        target_id=content if target_id is None else str(target_id),
         negatives=negatives,
-        negative_ids=tuple(item_key(value) for value in negatives),
+        # A negative that is the target itself has its id, whatever the record calls the target.
+        negative_ids=tuple(str(target_id) if target_id is not None and one == content else one for one in ids),
         score=_number(record.get("score"), "score", name),
         teacher_scores=_scores(record.get("teacher_scores"), 1 + len(negatives), name),
     )
@@ -104,7 +108,17 @@ def item_key(item: Item) -> str:
     if isinstance(item, dict) and item.get("id") is not None:
         return str(item["id"])
     content = {"text": item} if isinstance(item, str) else item
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=repr).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=_digest).encode()).hexdigest()[:32]
+
+
+def _digest(value: Any) -> str:
+    """What JSON cannot hold, by its content: arrays, pictures, bytes; anything else by its repr."""
+    if hasattr(value, "mode") and hasattr(value, "tobytes"):  # a PIL picture
+        return f"{value.mode} {value.size} {hashlib.sha256(value.tobytes()).hexdigest()}"
+    if hasattr(value, "__array__"):
+        array = np.asarray(value)
+        return f"{array.dtype} {array.shape} {hashlib.sha256(array.tobytes()).hexdigest()}"
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else repr(value)
 
 
 def _item(value: Any, column: str, name: str, folder: Path | None) -> Item:
@@ -147,6 +161,8 @@ def _number(value: Any, column: str, name: str) -> float | None:
 def _scores(values: Any, count: int, name: str) -> tuple[float, ...] | None:
     if values is None:
         return None
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise RowError(name, f"teacher_scores must be a list of numbers, got {values!r:.60}")
     scores = [_number(value, "teacher_scores", name) for value in values]
     if len(scores) != count or None in scores:
         raise RowError(
@@ -294,10 +310,13 @@ class TrainingDataset:
             RowError: the record is no row.
         """
         name = f"{self.name}:{place}"
-        record = self.source[place] if record is None else record
-        if callable(record):
-            made: Callable[[random.Random], Any] = record
-            record = made(generator)
+        try:
+            record = self.source[place] if record is None else record
+            record = record(generator) if callable(record) else record
+        except (RowError, MemoryError):
+            raise
+        except Exception as error:  # a decoder of the source, or whoever made the record
+            raise RowError(name, f"the record cannot be read ({type(error).__name__}: {error})") from error
         if isinstance(record, Row):
             return record
         if not isinstance(record, Mapping):

@@ -86,11 +86,22 @@ class SpecializedBatches(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
+        if worker is not None:
+            self._refuse_shards()
         first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
         step = self.start + first
         while True:
             yield self.batch(step)
             step += stride
+
+    def _refuse_shards(self) -> None:
+        """Streams of the `datasets` library share themselves out over workers, which would change the batches."""
+        for dataset in self.datasets:
+            if dataset.streamed and hasattr(dataset.source, "num_shards"):
+                raise ValueError(
+                    f"Dataset {dataset.name!r} is a stream that shares itself out over worker processes; use workers=0 "
+                    "or do not stream it."
+                )
 
     def batch(self, step: int) -> dict[str, Any]:
         """This rank's batch of a step, whatever came before it.
@@ -129,8 +140,9 @@ class SpecializedBatches(IterableDataset):
         dataset = self.datasets[index]
         size = self.batch_size // self.world_size
         begin = self._turn(step, index) * self.batch_size + self.rank * size
-        if attempt and not dataset.streamed:
-            begin = random.Random(f"{self.seed}/{step}/{self.rank}/{attempt}").randrange(len(dataset.source))
+        if attempt:  # of a stream, rows that come later anyway
+            ahead = random.Random(f"{self.seed}/{step}/{self.rank}/{attempt}")
+            begin = begin + attempt * self.batch_size if dataset.streamed else ahead.randrange(len(dataset.source))
         rows, generators, skipped = [], [], []
         for offset, (place, record) in enumerate(self._records(index, begin, size)):
             generator = random.Random(f"{self.seed}/{step}/{self.rank * size + offset}")

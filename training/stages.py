@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import resource
 import shutil
 import time
@@ -37,12 +38,14 @@ from .data.sources import built_in_source
 from .distributed import rank, world_size
 from .feature_cache import FeatureCache, cache_media
 from .objective import Objective
-from .recipe import LoraSpec, Recipe, RecipeError, StageSpec
+from .recipe import Recipe, RecipeError, StageSpec
 from .rows import TrainingDataset, open_source
 from .sampler import SpecializedBatches
 from .trainer import ContrastiveTrainer
 
 logger = logging.getLogger(__name__)
+
+_OPTIONAL = ("perceiver", "audio_adapter", "late_fusion_gate")  # parts that some models do without
 
 Evaluator = Callable[[SailEmbeddingModel, SailEmbeddingProcessor], dict[str, Any]]
 
@@ -83,16 +86,42 @@ def check_against_model(recipe: Recipe) -> None:
     """
     if not (Path(recipe.model) / "config.json").is_file():
         raise FileNotFoundError(f"There is no model in {recipe.model}; `sail build --preset mini --out DIR` makes one.")
-    config = AutoConfig.from_pretrained(recipe.model)
+    config: Any = AutoConfig.from_pretrained(recipe.model)
     with torch.device("meta"):
-        names = [name for name, _ in SailEmbeddingModel(config).named_parameters()]
+        model = SailEmbeddingModel(config)
+    names = [name for name, _ in model.named_parameters()]
+    families = SailEmbeddingProcessor.from_pretrained(recipe.model).instructions
+    for name, dataset in recipe.datasets.items():
+        for task in dataset.tasks:
+            if task is not None and task not in families:
+                raise RecipeError(f"datasets.{name}.tasks: {task!r} has no instructions; there are {sorted(families)}.")
     for stage, spec in recipe.stages.items():
+        _check_parts(stage, spec, model)
         given = {"freeze": spec.freeze, "learning_rates": list(spec.learning_rates)}
         for key, patterns in given.items():
             for pattern in patterns:
                 if not fnmatch.filter(names, pattern):
                     parts = ", ".join(sorted({name.split(".")[0] for name in names}))
                     raise RecipeError(f"stages.{stage}.{key}: {pattern!r} matches no parameter; parts are {parts}.")
+
+
+def _check_parts(name: str, stage: StageSpec, model: SailEmbeddingModel) -> None:
+    """Refuse what needs a part that the model lacks.
+
+    Raises:
+        RecipeError: by the dotted key.
+    """
+    if stage.losses.get("late_fusion", 0) > 0 and model.late_fusion_gate is None:
+        raise RecipeError(f"stages.{name}.losses.late_fusion: the model has no gate (late_fusion=False, or no vision).")
+    if stage.lora is None:
+        return
+    parts = [part for part, _ in model.named_children()] + [p for p in _OPTIONAL if getattr(model, p, None) is None]
+    for part in stage.lora.train_too:
+        if part not in parts:
+            raise RecipeError(f"stages.{name}.lora.train_too: there is no part {part!r}; there are {', '.join(parts)}.")
+    if not any(re.fullmatch(stage.lora.target_modules, module) for module, _ in model.named_modules()):
+        given = stage.lora.target_modules
+        raise RecipeError(f"stages.{name}.lora.target_modules: {given!r} matches no module of the model.")
 
 
 def open_datasets(recipe: Recipe) -> dict[str, TrainingDataset]:
@@ -135,19 +164,23 @@ def run_stage(
     model.temperatures.add({key: dataset.temperature for key, dataset in drawn.items()})
     freeze(model, stage, [stage.losses, *(dataset.losses for dataset in drawn.values())])
     trainer = _trainer(recipe, name, model, processor, drawn, weights, folder)
-    if rank() == 0:
+    if rank() == 0 and not (folder / "fingerprint").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "fingerprint").write_text(recipe.fingerprint(name), encoding="utf-8")
+        _write(folder / "fingerprint", recipe.fingerprint(name))
     last = last_checkpoint(folder / "checkpoints")
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    if last is not None and last.name == f"checkpoint-{stage.steps}":  # killed after its last step
+        trainer.take_over(last)
+    else:
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
     trained = trainer.accelerator.unwrap_model(trainer.model)
+    state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None  # on every rank
     if stage.lora is not None:
         if rank() == 0:
             trained.save_pretrained(folder / "adapter")
         trained = trained.merge_and_unload()
     if rank() == 0:
         _write_log(trainer, folder)
-        save_whole(trained, processor, folder / "model")
+        save_whole(trained, processor, folder / "model", state)
         entry = _entry(recipe, name, trainer, drawn, start, begun, folder)
         if evaluator is not None:
             entry["evaluation"] = evaluator(trained.eval(), processor)
@@ -180,7 +213,7 @@ def _trainer(
         training_arguments(stage, folder, recipe.seed),
         objective=Objective(stage.losses, stage.options),
         token_budget=stage.token_budget,
-        peft_config=lora_config(stage.lora, model) if stage.lora else None,
+        peft_config=lora_config(stage, model) if stage.lora else None,
         max_bad_share=stage.max_bad_share,
         train_dataset=batches,
         learning_rates=stage.learning_rates,
@@ -238,16 +271,19 @@ def freeze(model: SailEmbeddingModel, stage: StageSpec, losses: list[Mapping[str
         parameter.requires_grad_(not any(fnmatch.fnmatch(name, pattern) for pattern in patterns))
 
 
-def lora_config(spec: LoraSpec, model: nn.Module) -> Any:
-    """A ``peft.LoraConfig``; parts that the model lacks are left out of what trains beside."""
+def lora_config(stage: StageSpec, model: nn.Module) -> Any:
+    """A ``peft.LoraConfig``; parts that the model lacks, or that are frozen, are left out of what trains beside."""
     from peft import LoraConfig
 
+    assert stage.lora is not None
+    spec = stage.lora
+    beside = [part for part in spec.train_too if getattr(model, part, None) is not None]
     return LoraConfig(
         r=spec.r,
         lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,
         target_modules=spec.target_modules,
-        modules_to_save=[part for part in spec.train_too if getattr(model, part, None) is not None],
+        modules_to_save=[part for part in beside if any(p.requires_grad for p in getattr(model, part).parameters())],
     )
 
 
@@ -267,11 +303,16 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def save_whole(model: SailEmbeddingModel, processor: SailEmbeddingProcessor, folder: Path) -> None:
-    """Save both in Hub format; the folder is there whole or not at all."""
+def save_whole(
+    model: SailEmbeddingModel,
+    processor: SailEmbeddingProcessor,
+    folder: Path,
+    state: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Save both in Hub format; the folder is there whole or not at all. ``state``: where the ranks hold the weights."""
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
+    model.save_pretrained(partial, state_dict=state)
     processor.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
@@ -344,6 +385,11 @@ def _write_log(trainer: ContrastiveTrainer, folder: Path) -> None:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+    _write(path, json.dumps(content, indent=1, default=str) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """The file is there whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

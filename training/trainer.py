@@ -19,9 +19,9 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from .distributed import largest, mean_over_ranks, rank
+from .distributed import largest, mean_over_ranks, rank, world_size
 from .grad_cache import Replay, micro_batches, select
 from .objective import Objective, Step
 
@@ -30,6 +30,12 @@ logger = logging.getLogger(__name__)
 # Rows that cannot be read: this many are always borne, and then this share of what was asked for.
 ALWAYS_BORNE = 10
 MAX_BAD_SHARE = 0.05
+
+# A batch from which no term can be computed is passed over; so many in a row are a mistake in the recipe.
+MOST_WITHOUT_TERMS = 10
+
+# Padded tokens of a pass where all of a batch's passes keep their activations.
+PASS_TOKENS = 2048
 
 _FIELDS = {"vision": "vision_embeddings", "text": "text_embeddings", "audio": "audio_embeddings"}
 
@@ -73,6 +79,9 @@ class ContrastiveTrainer(Trainer):
         args.ignore_data_skip = True  # a step's batch is made directly, not skipped to
         args.ddp_find_unused_parameters = False  # `use_all_parts` leaves none unused
         args.ddp_broadcast_buffers = False  # no buffer changes in training
+        if args.n_gpu > 1:  # DataParallel would split rows from their pictures
+            logger.warning("%d GPUs, one process: one GPU is used. Start one process each with torchrun.", args.n_gpu)
+            args._n_gpu = 1
         super().__init__(model, args, **kwargs)
         self.objective = objective or Objective()
         self.token_budget = token_budget
@@ -83,12 +92,24 @@ class ContrastiveTrainer(Trainer):
         self._counts: dict[str, int] = {}
         self._work = {"items": 0, "tokens": 0, "seconds": 0.0}
         self._asked = 0
+        self._without_terms = 0
         self.skipped: set[str] = set()  # ids of rows that this rank could not read
 
     def get_train_dataloader(self) -> DataLoader:
         """One element of the dataset is one whole batch of this rank; accelerate must not share it out again."""
         workers = self.args.dataloader_num_workers
-        return DataLoader(self.train_dataset, batch_size=None, num_workers=workers)
+        # A generator of its own: the loader draws a seed when it starts, and a resumed run starts it once more.
+        return DataLoader(self.train_dataset, batch_size=None, num_workers=workers, generator=torch.Generator())
+
+    def take_over(self, checkpoint: Path) -> None:
+        """Weights and state of a checkpoint after which there is no step left."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As in transformers; but scores keep their precision, whatever type DeepSpeed gives to inputs."""
+        prepared = super()._prepare_inputs(inputs)
+        return prepared | {name: inputs[name].to(self.args.device) for name in ("scores", "teacher_scores")}
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """As in transformers, with the learning rates of parts."""
@@ -131,9 +152,23 @@ class ContrastiveTrainer(Trainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         self._note_rows(inputs)
-        embeddings = self.encode(model, inputs["items"], self.objective.kinds(inputs))
+        embeddings = self._encode_at_once(model, inputs["items"], self.objective.kinds(inputs))
         loss = self._loss(model, embeddings, inputs)
         return (loss, embeddings) if return_outputs else loss
+
+    def _encode_at_once(
+        self, model: torch.nn.Module, items: Mapping[str, Tensor], kinds: set[str]
+    ) -> dict[str, Tensor]:
+        """All items with gradients. One process does it in passes of one length: short texts are not padded to long
+        items. Ranks meet in every pass, and take all in one.
+        """
+        if world_size() > 1:
+            return self.encode(model, items, kinds)
+        cuts = micro_batches(items, PASS_TOKENS)
+        last = len(cuts) - 1
+        parts = [self.encode(model, select(items, cut), kinds, place == last) for place, cut in enumerate(cuts)]
+        order = torch.cat(cuts).argsort().to(items["attention_mask"].device)
+        return {kind: torch.cat([part[kind] for part in parts])[order] for kind in kinds}
 
     def encode(
         self, model: torch.nn.Module, items: Mapping[str, Tensor], kinds: set[str], use_all_parts: bool = True
@@ -156,6 +191,14 @@ class ContrastiveTrainer(Trainer):
         temperature = bare.temperatures(name)
         step = Step(embeddings, inputs, bare.config.matryoshka_dims, temperature, self.objective.options)
         loss, terms = self.objective(step)
+        self._without_terms = 0 if terms else self._without_terms + 1
+        if self._without_terms >= MOST_WITHOUT_TERMS:
+            weights = self.objective.weights_for(inputs)
+            raise ValueError(
+                f"{self._without_terms} batches in a row, the last of dataset {name!r}, have nothing that the terms "
+                f"{sorted(weights)} can be computed from; give it another loss weight, a pattern that its rows have "
+                "or scores."
+            )
         logged = {f"loss/{term}": value for term, value in terms.items()}
         self._note({f"loss_of/{name}": loss.detach(), f"temperature/{name}": temperature.detach(), **logged})
         return loss
@@ -264,7 +307,7 @@ class ContrastiveTrainer(Trainer):
             with (folder / f"skipped-{rank()}.jsonl").open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps({"id": name, "reason": reason}) + "\n" for name, reason in new)
             logger.warning("%d row(s) left out, the last: %s (%s)", len(self.skipped), *new[-1])
-        most = max(ALWAYS_BORNE, self.max_bad_share * self._asked)
+        most = max(ALWAYS_BORNE, self.max_bad_share * self._asked) if self.max_bad_share else 0
         if len(self.skipped) > most:
             raise RuntimeError(
                 f"{len(self.skipped)} rows of {self._asked} could not be read, more than {self.max_bad_share:.0%}; "

@@ -280,7 +280,7 @@ def into_tokens(
     pairs: Tensor,
     texts: Sequence[str],
     encode: Encode,
-    steps: tuple[int, int] = (400, 180),
+    steps: tuple[int, int] = (400, 1080),
 ) -> None:
     """Put the fitted heads before the backbone: distil them into the decoders; the perceiver starts from zero.
 

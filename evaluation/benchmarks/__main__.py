@@ -1,4 +1,4 @@
-"""``python -m modeling_sail.evaluation.benchmarks encode --model DIR``."""
+"""``python -m modeling_sail.evaluation.benchmarks encode|loss|cache``: JSON lines, each figure beside its peer."""
 
 from __future__ import annotations
 
@@ -6,21 +6,34 @@ import argparse
 import json
 from pathlib import Path
 
+from .cache import cache_benchmark
 from .encode import encode_benchmark
-
-BENCHMARKS = {"encode": encode_benchmark}
+from .loss import loss_benchmark
 
 
 def main() -> None:
     """Run one benchmark and print its figures as JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("benchmark", choices=sorted(BENCHMARKS))
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--items", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="append the lines to this file too")
+    benchmarks = parser.add_subparsers(dest="benchmark", required=True)
+    encode = benchmarks.add_parser("encode", help="ragged items: token-budget batches beside fixed ones")
+    encode.add_argument("--model", type=Path, required=True)
+    encode.add_argument("--items", type=int, default=256)
+    loss = benchmarks.add_parser("loss", help="the memory-linear NCE beside the dense one")
+    loss.add_argument("--size", type=int, default=16_384, help="B")
+    cache = benchmarks.add_parser("cache", help="cached gradients beside direct backward and sentence-transformers")
+    cache.add_argument("--size", type=int, default=2048, help="B, in pairs")
     args = parser.parse_args()
-    for figure in BENCHMARKS[args.benchmark](args.model, args.items, args.rounds):
-        print(json.dumps(figure), flush=True)
+    if args.benchmark == "encode":
+        figures = encode_benchmark(args.model, args.items, args.rounds)
+    else:
+        figures = {"loss": loss_benchmark, "cache": cache_benchmark}[args.benchmark](args.size, args.rounds)
+    for line in map(json.dumps, figures):
+        print(line, flush=True)
+        if args.out is not None:
+            with args.out.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from torch import Tensor
 from ...encode_job import load_module
 from ...items_sail import LoadedItem
 from ...sentence_transformer_sail import SailSentenceTransformer
+from .figures import figure
 
 WORDS = "red kangaroo jumps over quiet river while seven musicians tune brass instruments under paper lanterns".split()
 FIXED = 32
@@ -72,8 +73,8 @@ def encode_benchmark(model: Path, items: int, rounds: int) -> Iterator[dict[str,
     begun = time.perf_counter()
     with torch.inference_mode():
         module(module.preprocess(["one short query"]))
-    yield figure("first encode", "seconds after loading", "s", time.perf_counter() - begun, None, "")
-    yield figure("loading", "seconds", "s", loading, None, "")
+    yield figure("encode", "first encode", "seconds after loading", "s", time.perf_counter() - begun, None, "")
+    yield figure("encode", "loading", "seconds", "s", loading, None, "")
     for kind in ("text", "omni"):
         loaded, _ = module.processor.load(ragged_items(items, kind))
         for name, by_length in (("fixed batches of 32, as they come", False), ("fixed batches of 32, sorted", True)):
@@ -85,8 +86,8 @@ def encode_benchmark(model: Path, items: int, rounds: int) -> Iterator[dict[str,
                 return embed(module, loaded, fixed_batches(module, loaded, by_length))
 
             seconds, difference = in_turn(ours, peer, rounds)
-            yield figure(kind, "items per second", "items/s", items / seconds[0], items / seconds[1], name)
-            yield figure(kind, "largest difference of vectors", "", difference, None, name)
+            yield figure("encode", kind, "items per second", "items/s", items / seconds[0], items / seconds[1], name)
+            yield figure("encode", kind, "largest difference of vectors", "", difference, None, name)
 
 
 def in_turn(ours: Callable[[], Tensor], peer: Callable[[], Tensor], rounds: int) -> tuple[tuple[float, float], float]:
@@ -99,17 +100,3 @@ def in_turn(ours: Callable[[], Tensor], peer: Callable[[], Tensor], rounds: int)
             run()
             times.append(time.perf_counter() - begun)
     return (statistics.median(seconds[0]), statistics.median(seconds[1])), difference
-
-
-def figure(case: str, name: str, unit: str, ours: float, peer: float | None, peer_name: str) -> dict[str, Any]:
-    """One line of the report."""
-    return {
-        "benchmark": "encode",
-        "case": case,
-        "figure": name,
-        "unit": unit,
-        "ours": float(f"{ours:.4g}"),
-        "peer": None if peer is None else float(f"{peer:.4g}"),
-        "peer_name": peer_name,
-        "ratio": None if peer is None else float(f"{ours / peer:.3g}"),
-    }
