@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from .stages import run_recipe  # imports transformers' Trainer: a bad recipe needs no such wait
 
         folder = run_recipe(recipe)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"sail train: {error}", file=sys.stderr)
         return 2
     finally:
