@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK_SCORES = 1 << 24  # scores of a block: few enough to stay small beside the embeddings, enough to fill a device
+BLOCK_SCORES = 1 << 22  # scores of a block: few enough to stay small beside the embeddings, enough to fill a device
 _EPSILON = 1e-12  # of torch.nn.functional.normalize
 
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from .cache import cache_benchmark
+from .child import ALLOCATORS
 from .encode import encode_benchmark
 from .loss import loss_benchmark
 
@@ -16,6 +17,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="append the lines to this file too")
+    parser.add_argument(
+        "--default-allocator", action="store_true", help="leave out the runs in which glibc keeps memory"
+    )
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
     encode = benchmarks.add_parser("encode", help="ragged items: token-budget batches beside fixed ones")
     encode.add_argument("--model", type=Path, required=True)
@@ -25,10 +29,11 @@ def main() -> None:
     cache = benchmarks.add_parser("cache", help="cached gradients beside direct backward and sentence-transformers")
     cache.add_argument("--size", type=int, default=2048, help="B, in pairs")
     args = parser.parse_args()
+    allocators = dict(list(ALLOCATORS.items())[:1]) if args.default_allocator else ALLOCATORS
     if args.benchmark == "encode":
         figures = encode_benchmark(args.model, args.items, args.rounds)
     else:
-        figures = {"loss": loss_benchmark, "cache": cache_benchmark}[args.benchmark](args.size, args.rounds)
+        figures = {"loss": loss_benchmark, "cache": cache_benchmark}[args.benchmark](args.size, args.rounds, allocators)
     for line in map(json.dumps, figures):
         print(line, flush=True)
         if args.out is not None:

@@ -12,7 +12,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,24 +24,25 @@ from ...modeling_sail import SailEmbeddingModel
 from ...training.grad_cache import select
 from ...training.objective import Objective, Options
 from ...training.trainer import ContrastiveTrainer
-from .child import KEEP_MEMORY, measured, run_child
+from .child import ALLOCATORS, RETURN_MEMORY, measured, run_child
 from .figures import figure
 
 BUDGET = 2048
-PEER_SIZES = (64, 256)  # its mini-batches; the better one is its figure
+PEER_SIZES = (256,)  # its mini-batches; with several, the best one is its figure. 64 was far slower here
 
 
-def cache_benchmark(size: int, rounds: int) -> Iterator[dict[str, Any]]:
+def cache_benchmark(
+    size: int, rounds: int, allocators: Mapping[str, Mapping[str, str]] = ALLOCATORS
+) -> Iterator[dict[str, Any]]:
     """Figures at B = ``size`` pairs and, for the memory, at a quarter of it; sides in turn, in their own processes."""
     sides: dict[str, dict[str, Any]] = {"ours": {}, "direct": {}}
     sides |= {f"peer {mini}": {"mini": mini} for mini in PEER_SIZES}
-    for allocator, environment in (("glibc's default", {}), ("glibc keeps its memory", KEEP_MEMORY)):
+    for allocator, environment in allocators.items():
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
         for _ in range(rounds):
             for name, more in sides.items():
                 settings = {"side": name.split()[0], "size": size, **more}
                 found[name].append(run_child(__spec__.name, settings, environment))
-        small = run_child(__spec__.name, {"side": "ours", "size": size // 4}, environment)
         case = f"B = {size} pairs, MiniLM-size encoder, allocator: {allocator}"
         median = {name: statistics.median(one["seconds"][-1] for one in results) for name, results in found.items()}
         memory = {name: max(one["extra_bytes"] for one in results) / 1e6 for name, results in found.items()}
@@ -56,11 +57,15 @@ def cache_benchmark(size: int, rounds: int) -> Iterator[dict[str, Any]]:
         yield figure("cache", case, "spread of the rounds, over the median", "", spread, None, "")
         yield figure("cache", case, "peak extra memory", "MB", memory["ours"], memory["direct"], "direct backward")
         yield figure("cache", case, "peak extra memory", "MB", memory["ours"], memory[best], peer)
-        quarter = small["extra_bytes"] / 1e6
-        yield figure("cache", case, "peak extra memory", "MB", memory["ours"], quarter, f"ours at B = {size // 4}")
         norms = {name: results[0]["norm"] for name, results in found.items()}
         difference = max(abs(norm / norms["direct"] - 1) for norm in norms.values())
         yield figure("cache", case, "largest relative difference of the gradient's norm", "", difference, None, "")
+    in_use = [
+        run_child(__spec__.name, {"side": "ours", "size": part}, RETURN_MEMORY)["extra_bytes"] / 1e6
+        for part in (size, size // 4)
+    ]
+    case = f"B = {size} pairs, MiniLM-size encoder, allocator: glibc hands memory back"
+    yield figure("cache", case, "peak extra memory", "MB", in_use[0], in_use[1], f"ours at B = {size // 4}")
 
 
 def ragged_batch(size: int, seed: int = 0) -> dict[str, Any]:

@@ -17,7 +17,13 @@ from typing import Any
 import torch
 
 # glibc that keeps what it was given: without it, large temporaries cost page faults and little else is measured.
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+ALLOCATORS: dict[str, dict[str, str]] = {
+    "glibc's default": {},
+    "glibc keeps its memory": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"},
+}
+
+# glibc that hands freed memory back at once: slower, but the peak is then what was in use, without its fragments.
+RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "262144"}
 
 
 def run_child(module: str, settings: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  the field's own abbreviation
 
 from ...training.contrastive import matryoshka_nce
-from .child import KEEP_MEMORY, measured, run_child
+from .child import ALLOCATORS, measured, run_child
 from .figures import figure
 
 WIDTH, DIMS = 1536, (128, 768, 1536)
@@ -42,9 +42,11 @@ def blocked_nce(query: Tensor, target: Tensor, temperature: Tensor) -> Tensor:
 SIDES = {"ours": blocked_nce, "dense": dense_nce}
 
 
-def loss_benchmark(size: int, rounds: int) -> Iterator[dict[str, Any]]:
+def loss_benchmark(
+    size: int, rounds: int, allocators: Mapping[str, Mapping[str, str]] = ALLOCATORS
+) -> Iterator[dict[str, Any]]:
     """Figures of time and memory at B = ``size``, each side in processes of its own, in turn."""
-    for allocator, environment in (("glibc's default", {}), ("glibc keeps its memory", KEEP_MEMORY)):
+    for allocator, environment in allocators.items():
         found: dict[str, list[dict[str, Any]]] = {"ours": [], "dense": []}
         for _ in range(rounds):
             for side, results in found.items():
@@ -70,8 +72,10 @@ def _one(side: str, size: int) -> dict[str, Any]:
     query, temperature = query.requires_grad_(), torch.tensor(0.05, device=device, requires_grad=True)
     small = SIDES[side](query[:64], target[:64], temperature)  # first use of kernels is not what is measured
     small.backward()
-    del small, noise
     leaves = (query, target, temperature)
+    for leaf in leaves:  # a gradient that is there already would not be counted
+        leaf.grad = None
+    del small, noise
     sums: list[float] = []
 
     def work() -> None:
