@@ -56,7 +56,7 @@ def warm_up(
     sounds: FeatureCache,
     teacher: dict[str, Tensor],
 ) -> None:
-    """Bring the connectors from noise to useful tokens (warm_start.py), on the rows that `mini_datasets` trains on."""
+    """Bring the connectors from noise to useful tokens (warm_start.py), on the rows of the sources."""
     encode = text_encoder(model, processor)
     rows = [row for name in (*["tuxpaint"] * 6, "openclipart", "emoji") for row in sources[name]]
     rows = [row for row in rows if row["image"] in images]

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import BertConfig, TrainingArguments
 
 from ...configuration_sail import SailEmbeddingConfig
@@ -114,9 +114,6 @@ class _Module(nn.Module):
         inputs = {"input_ids": features["input_ids"], "attention_mask": features["attention_mask"]}
         features["sentence_embedding"] = self.model(**inputs).embeddings
         return features
-
-    def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
-        raise NotImplementedError("The benchmark hands over tokens.")
 
 
 def _step(side: str, model: SailEmbeddingModel, batch: dict[str, Any], mini: int) -> Any:
