@@ -6,6 +6,7 @@ import pytest
 from modeling_sail.evaluation.benchmarks import cache, loss
 from modeling_sail.evaluation.benchmarks.child import run_child
 from modeling_sail.evaluation.benchmarks.encode import encode_benchmark
+from modeling_sail.evaluation.benchmarks.exact import exact_benchmark
 
 
 def test_the_encode_benchmark_reports_both_sides_and_equal_vectors(tiny_folder) -> None:
@@ -32,3 +33,10 @@ def test_all_sides_of_the_cache_benchmark_compute_the_same_gradient() -> None:
 def test_a_child_that_fails_says_why() -> None:
     with pytest.raises(RuntimeError, match="benchmarks.loss .*'side': 'nobody'.* failed"):
         run_child("modeling_sail.evaluation.benchmarks.loss", {"side": "nobody", "size": 4})
+
+
+def test_an_item_is_the_same_alone_and_in_a_batch_and_bfloat16_is_not_float32(tiny_folder) -> None:
+    found = {(line["case"], line["figure"]): line["ours"] for line in exact_benchmark(tiny_folder)}
+    assert found["float32, alone and in a batch", "largest difference"] < 1e-5
+    assert 1e-5 < found["bfloat16 and float32", "largest difference"] < 0.1
+    assert found["bfloat16 and float32", "lowest cosine"] > 0.99

@@ -1,4 +1,4 @@
-"""``python -m modeling_sail.evaluation.benchmarks encode|loss|cache``: JSON lines, each figure beside its peer."""
+"""``python -m modeling_sail.evaluation.benchmarks encode|exact|loss|cache``: JSON lines, each figure beside its peer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from .cache import cache_benchmark
 from .child import ALLOCATORS
 from .encode import encode_benchmark
+from .exact import exact_benchmark
 from .loss import loss_benchmark
 
 
@@ -24,6 +25,8 @@ def main() -> None:
     encode = benchmarks.add_parser("encode", help="ragged items: token-budget batches beside fixed ones")
     encode.add_argument("--model", type=Path, required=True)
     encode.add_argument("--items", type=int, default=256)
+    exact = benchmarks.add_parser("exact", help="an item alone and in a batch, float32 and bfloat16")
+    exact.add_argument("--model", type=Path, required=True)
     loss = benchmarks.add_parser("loss", help="the memory-linear NCE beside the dense one")
     loss.add_argument("--size", type=int, default=16_384, help="B")
     cache = benchmarks.add_parser("cache", help="cached gradients beside direct backward and sentence-transformers")
@@ -32,6 +35,8 @@ def main() -> None:
     allocators = dict(list(ALLOCATORS.items())[:1]) if args.default_allocator else ALLOCATORS
     if args.benchmark == "encode":
         figures = encode_benchmark(args.model, args.items, args.rounds)
+    elif args.benchmark == "exact":
+        figures = exact_benchmark(args.model)
     else:
         figures = {"loss": loss_benchmark, "cache": cache_benchmark}[args.benchmark](args.size, args.rounds, allocators)
     for line in map(json.dumps, figures):
