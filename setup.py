@@ -17,7 +17,7 @@ PACKAGES = ["modeling_sail"]
 for folder in MAPPED:
     PACKAGES += [f"modeling_sail.{folder}", *(f"modeling_sail.{folder}.{name}" for name in find_packages(folder))]
 
-TRAIN = ["accelerate>=1.1", "datasets>=3.0", "peft>=0.14", "resvg-py>=0.3"]
+TRAIN = ["accelerate>=1.1", "datasets>=3.0", "peft>=0.14", "POT>=0.9.1", "resvg-py>=0.3"]
 EVAL = ["accelerate>=1.1", "mteb>=2.0", "resvg-py>=0.3"]
 TEST = ["hypothesis>=6", "mypy>=1.8", "parameterized>=0.9", "pytest>=8", "ruff>=0.6", "setuptools>=68", "wheel>=0.40"]
 

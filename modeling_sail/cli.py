@@ -1,4 +1,4 @@
-"""The command line, `sail ...`: build, encode, search, train, demo. It imports everything; nothing imports it."""
+"""The command line, `sail ...`: it imports everything; nothing imports it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sail", description="Omni-modal item embeddings: SAIL-Embedding.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="build|encode|search|train|demo")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="build|encode|search|train|mine|balance|demo"
+    )
 
     build = commands.add_parser("build", help="put a preset together as a folder in Hub format")
     build.add_argument("--preset", choices=sorted(PRESETS), required=True)
@@ -58,6 +60,23 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("recipe", help="a .yaml file, or the name of a shipped recipe")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="as in stages.base.steps=100")
     train.set_defaults(run=_train)
+
+    mine = commands.add_parser("mine", help="hard negatives of a dataset, with a report; a killed run goes on")
+    mine.add_argument("rows", metavar="ROWS.jsonl|ROWS.parquet|FOLDER", help="pairs: a dataset as recipes take it")
+    mine.add_argument("--model", type=Path, required=True)
+    mine.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    mine.add_argument("--negatives", type=int, default=8, help="of each row")
+    mine.add_argument("--task", default="q2i", help="task family of the instructions; 'none' for no instruction")
+    mine.add_argument("--memory", type=float, default=1.0, metavar="GIB", help="for scores, besides the model")
+    mine.add_argument("--feature-cache", type=Path, metavar="FOLDER", help="keep the towers' features there")
+    mine.set_defaults(run=_mine)
+
+    balance = commands.add_parser("balance", help="how often a recipe's datasets are to be drawn, with a heat map")
+    balance.add_argument("recipe", help="a .yaml file with validation sets, or the name of a shipped recipe")
+    balance.add_argument("overrides", nargs="*", metavar="key=value", help="as in model=build/mini")
+    balance.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    balance.add_argument("--stage", help="whose datasets and settings; the first one by default")
+    balance.set_defaults(run=_balance)
 
     demo = commands.add_parser("demo", help="search Tux Paint by word, picture and speech; one HTML page")
     demo.add_argument("--model", type=Path, required=True)
@@ -108,6 +127,30 @@ def _train(args: argparse.Namespace) -> None:
     from .training.stages import run_recipe  # imports the Trainer: a bad recipe needs no such wait
 
     print(run_recipe(recipe))
+
+
+def _mine(args: argparse.Namespace) -> None:
+    from .training.mine_job import run_mine
+
+    task = _task(args.task)
+    memory = round(args.memory * (1 << 30))
+    report = run_mine(args.rows, args.model, args.out, args.negatives, task, memory, args.feature_cache)
+    print(
+        f"{args.out / 'rows.parquet'}: {report['negatives']} negatives of {report['pairs']} rows; lambda* "
+        f"{report['lambda']:.4f} (F1 {report['f1']:.3f}), {report['false_negatives_dropped']} false negatives dropped, "
+        f"{len(report['rows_skipped'])} rows left out. Look at {args.out / 'report.html'}"
+    )
+
+
+def _balance(args: argparse.Namespace) -> None:
+    from .training.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    from .training.stages import balance_recipe
+
+    weights = balance_recipe(recipe, args.stage, args.out)
+    print("datasets: {" + ", ".join(f"{name}: {weight:.4f}" for name, weight in weights.items()) + "}")
+    print(f"Look at {args.out / 'balance.html'}")
 
 
 def _demo(args: argparse.Namespace) -> None:

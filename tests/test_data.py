@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import struct
+import zlib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from modeling_sail.training.data import DATASETS, load_emoji, load_openclipart, load_tuxpaint
 from modeling_sail.training.data.__main__ import prepare_all
+from modeling_sail.training.data.gcompris import ACTIVITIES, ResourceArchive, load_gcompris, spelled_out
 from modeling_sail.training.data.pictures import is_picture
 from modeling_sail.training.data.tuxpaint import name_key, split_by_name
 from PIL import Image
@@ -214,6 +219,194 @@ def test_emoji_without_english_names_say_what_is_missing(tmp_path: Path) -> None
     (tmp_path / "fr").mkdir()
     with pytest.raises(FileNotFoundError, match="compact.json"):
         load_emoji(tmp_path, tmp_path)
+
+
+# --- GCompris -------------------------------------------------------------------------------------------------------
+
+STORED, ZLIB, FOLDER, ZSTD = 0, 1, 2, 4
+DRAWING = b'<svg xmlns="http://www.w3.org/2000/svg" width="8" height="8"><rect width="8" height="8" fill="red"/></svg>'
+
+
+def webp() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), "red").save(buffer, "WEBP")
+    return buffer.getvalue()
+
+
+def deflated(content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + zlib.compress(content)
+
+
+def rcc_bytes(folder: str, files: dict[str, bytes | tuple[int, bytes]], version: int = 3) -> bytes:
+    """A Qt resource archive with one folder: contents, names and tree after the header, as Qt's rcc writes it."""
+    contents = names = tree = b""
+    date = b"" if version == 1 else bytes(8)
+    parts = folder.split("/")
+    for depth, name in enumerate(["", *parts]):
+        children = 1 if depth < len(parts) else len(files)
+        tree += struct.pack(">IHII", len(names), FOLDER, children, depth + 1) + date
+        names += struct.pack(">HI", len(name), 0) + name.encode("utf-16-be")
+    for name, given_file in files.items():
+        flags, content = given_file if isinstance(given_file, tuple) else (STORED, given_file)
+        tree += struct.pack(">IHHHI", len(names), flags, 0, 1, len(contents)) + date
+        names += struct.pack(">HI", len(name), 0) + name.encode("utf-16-be")
+        contents += struct.pack(">I", len(content)) + content
+    header = 20 if version < 3 else 24
+    offsets = (header + len(contents) + len(names), header, header + len(contents))
+    return (struct.pack(">4sIIII", b"qres", version, *offsets) + bytes(4))[:header] + contents + names + tree
+
+
+def gcompris(root: Path, **files: dict[str, bytes | tuple[int, bytes]]) -> Path:
+    """The archives of all activities, with these files where an activity keeps its pictures."""
+    root.mkdir(parents=True, exist_ok=True)
+    for activity, inside in ACTIVITIES.items():
+        folder = f"gcompris/src/activities/{activity}/{inside}"
+        (root / f"{activity}.rcc").write_bytes(rcc_bytes(folder, files.get(activity, {})))
+    return root
+
+
+def test_each_activity_gives_rows_with_names_folders_and_sounds(tmp_path: Path, own_cache: Path) -> None:
+    animals = {"polar_bear.webp": webp(), "question.svg": DRAWING, "README": b"by hand"}
+    instruments = {"drum_kit.svg": DRAWING, "drum_kit.ogg": b"OggS....", "background.svg": DRAWING}
+    words = {"orange-color.webp": webp()}
+    gcompris(tmp_path / "usr/share/gcompris-qt/rcc", lang=words, explore_world_animals=animals, instruments=instruments)
+    rows = load_gcompris(tmp_path)
+    assert [(row["id"], row["names"], row["folder"]) for row in rows] == [
+        ("gcompris/explore_world_animals/polar_bear", {"en": "polar bear"}, "explore_world_animals"),
+        ("gcompris/instruments/drum_kit", {"en": "drum kit"}, "instruments"),
+        ("gcompris/lang/orange-color", {"en": "orange color"}, "lang"),
+    ]
+    assert [row["sound"] and Path(row["sound"]).name for row in rows] == [None, "drum_kit.ogg", None]
+    assert Path(rows[1]["sound"]).read_bytes() == b"OggS...." and is_picture(Path(rows[1]["image"]))
+    assert all(own_cache in Path(row["image"]).parents for row in rows)
+
+
+def test_a_name_has_one_row_of_the_first_activity_and_a_sound_of_any(tmp_path: Path, own_cache: Path) -> None:
+    farm = {"chicken.webp": webp(), "chickens.ogg": b"OggS....", "cat.ogg": b"silence", "cat.webp": webp()}
+    gcompris(
+        tmp_path, lang={"chicken.webp": webp()}, explore_farm_animals=farm, explore_world_animals={"cat.webp": b""}
+    )
+    cat, chicken = load_gcompris(tmp_path)
+    assert chicken["folder"] == "lang" and chicken["sound"].endswith("explore_farm_animals/chickens.ogg")
+    assert cat["folder"] == "explore_farm_animals" and cat["sound"] is None  # a broken one keeps no name from the next
+
+
+def test_a_drawing_is_taken_only_where_no_other_picture_has_the_name(tmp_path: Path, own_cache: Path) -> None:
+    gcompris(tmp_path, lang={"cow.svg": DRAWING, "owl.svg": DRAWING}, explore_farm_animals={"cow.webp": webp()})
+    assert [(row["folder"], Path(row["image"]).name) for row in load_gcompris(tmp_path)] == [
+        ("explore_farm_animals", "cow.webp"),
+        ("lang", "owl.png"),
+    ]
+
+
+def test_what_lies_beside_the_pictures_of_an_activity_is_no_row(tmp_path: Path, own_cache: Path) -> None:
+    (gcompris(tmp_path) / "lang.rcc").write_bytes(rcc_bytes("gcompris/src/activities/lang", {"lang.svg": DRAWING}))
+    assert load_gcompris(tmp_path) == []
+
+
+def test_pictures_are_unpacked_once_and_other_archives_give_other_files(tmp_path: Path, own_cache: Path) -> None:
+    (row,) = load_gcompris(gcompris(tmp_path, lang={"cat.webp": webp()}))
+    before = Path(row["image"]).stat().st_mtime_ns
+    assert load_gcompris(tmp_path) == [row] and Path(row["image"]).stat().st_mtime_ns == before
+    assert not list(own_cache.rglob("*.partial"))
+    (other,) = load_gcompris(gcompris(tmp_path, lang={"cat.webp": webp() + b"more"}))
+    assert other["image"] != row["image"] and other["id"] == row["id"]
+
+
+def test_zlib_is_decoded_and_zstd_is_passed_over_and_counted(
+    tmp_path: Path, own_cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = {
+        "cat.webp": (ZLIB, deflated(webp())),
+        "dog.webp": (ZSTD, b"(\xb5/\xfd"),
+        "cow.webp": (ZLIB, deflated(webp())[:-9]),
+        "pig.webp": (ZLIB, bytes(4) + deflated(webp())[4:]),  # more than it announces
+        "owl.webp": (8, webp()),
+    }
+    with caplog.at_level(logging.INFO):
+        (row,) = load_gcompris(gcompris(tmp_path, lang=files))
+    assert Path(row["image"]).read_bytes() == webp()
+    reasons = ("1 compressed with zstd", "2 with broken zlib", "1 compressed in an unknown way")
+    assert all(reason in caplog.text for reason in reasons)
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_an_archive_of_every_version_is_read_and_none_is_read_truncated(tmp_path: Path, version: int) -> None:
+    whole, archive = rcc_bytes("a/b", {"c.txt": b"hello", "d.txt": b""}, version), tmp_path / "a.rcc"
+    archive.write_bytes(whole)
+    files = ResourceArchive(archive).files()
+    assert {name: (flags, bytes(body)) for name, (flags, body) in files.items()} == {
+        "a/b/c.txt": (STORED, b"hello"),
+        "a/b/d.txt": (STORED, b""),
+    }
+    for length in range(len(whole)):
+        archive.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="truncated" if length >= 8 else "no Qt resource archive"):
+            ResourceArchive(archive).files()
+
+
+@pytest.mark.parametrize("content", [b"", b"RIFF....WEBP", b"qres\0\0\0\4" + bytes(40)])
+def test_a_file_that_is_no_archive_is_refused_with_what_came(tmp_path: Path, own_cache: Path, content: bytes) -> None:
+    (gcompris(tmp_path) / "lang.rcc").write_bytes(content)
+    with pytest.raises(ValueError, match="lang.rcc is no Qt resource archive: it begins with b'"):
+        load_gcompris(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["../../evil.webp", "..", ".", "", "/evil.webp", "..\\evil.webp", "c:evil.webp", "\0.webp"]
+)
+def test_no_name_in_an_archive_leads_out_of_its_folder(tmp_path: Path, own_cache: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="is no name of a file"):
+        load_gcompris(gcompris(tmp_path, lang={"cat.webp": webp(), name: webp()}))
+    assert not list(own_cache.rglob("*"))
+
+
+@pytest.mark.parametrize(("count", "first"), [(1, 0), (1, 1), (2, 1), (2**32 - 1, 1), (1, 2**32 - 1)])
+def test_a_tree_that_bites_its_tail_ends(tmp_path: Path, count: int, first: int) -> None:
+    whole = bytearray(rcc_bytes("a/b", {"c.txt": b"hello"}))
+    tree = struct.unpack_from(">I", whole, 8)[0]
+    struct.pack_into(">II", whole, tree + 22 * 2 + 6, count, first)  # the children of b
+    (tmp_path / "a.rcc").write_bytes(whole)
+    with pytest.raises(ValueError, match="truncated or broken"):
+        ResourceArchive(tmp_path / "a.rcc").files()
+
+
+@given(st.data())
+def test_damaged_archives_are_read_or_refused_and_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    whole = bytearray(rcc_bytes("a/b", {"c.txt": b"hello", "d.txt": b"world"}))
+    for _ in range(3):
+        whole[data.draw(st.integers(8, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    archive = tmp_path_factory.getbasetemp() / "damaged.rcc"
+    archive.write_bytes(whole)
+    try:
+        names = list(ResourceArchive(archive).files())
+    except ValueError as error:
+        assert "truncated or broken" in str(error)
+    else:
+        assert all(".." not in name.split("/") for name in names)
+
+
+def test_a_missing_activity_is_named(tmp_path: Path) -> None:
+    (gcompris(tmp_path) / "instruments.rcc").unlink()
+    with pytest.raises(FileNotFoundError, match="instruments.rcc is missing"):
+        load_gcompris(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stem", "name"),
+    [("orange-color", "orange color"), ("polar_bear", "polar bear"), ("scarletMacaw", "scarlet macaw"), ("Cat", "cat")],
+)
+def test_the_words_of_a_file_name_are_parted(stem: str, name: str) -> None:
+    assert spelled_out(stem) == name
+
+
+@pytest.mark.network
+def test_the_real_gcompris_has_its_rows() -> None:
+    rows = load_gcompris()
+    assert Counter(row["folder"] for row in rows) == {"lang": 116, "explore_world_animals": 10, "instruments": 26}
+    assert sum(row["sound"] is not None for row in rows) == 35
 
 
 # --- all ------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ with an item that cannot be read is left out and reported; the batch is then sma
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from ..items_sail import FORMAT_ORDER, LoadedItem, clean_text
 from ..processing_sail import Layout, SailEmbeddingProcessor, layout_of
 from .feature_cache import FeatureCache
 from .patterns import LETTERS, parts_of
-from .rows import Item, Row, dropped_fields
+from .rows import Item, Row, dropped_fields, number_of
 from .sampler import Draw
 
 QUERY, TARGET, NEGATIVE = 0, 1, 2  # NEGATIVE + k is the k-th hard negative
@@ -181,17 +180,12 @@ def _labels(rows: Sequence[Row], slots: Sequence[tuple[int, int]]) -> dict[str, 
             teacher[place, known] = torch.tensor(row.teacher_scores)[known]
     same = [rows[row].negative_ids[slot] == rows[row].target_id for row, slot in slots]
     return {
-        "target_ids": torch.tensor([_number_of(row.target_id) for row in rows], dtype=torch.long),
+        "target_ids": torch.tensor([number_of(row.target_id) for row in rows], dtype=torch.long),
         "negative_slots": torch.tensor(slots, dtype=torch.long).reshape(-1, 2),
         "negative_mask": ~torch.tensor(same, dtype=torch.bool),
         "scores": torch.tensor([float("nan") if row.score is None else row.score for row in rows]),
         "teacher_scores": teacher,
     }
-
-
-def _number_of(name: str) -> int:
-    """A 63-bit number of an id: the same on every rank."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) >> 1
 
 
 def _flat(features: Sequence[Tensor | None], values_name: str, owner_name: str) -> dict[str, Tensor]:

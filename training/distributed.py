@@ -22,6 +22,12 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+def wait() -> None:
+    """Until every rank is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 def counts_of(count: int, device: torch.device) -> list[int]:
     """What each rank gives as ``count``, in the order of the ranks; every rank must call it."""
     if world_size() == 1:

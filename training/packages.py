@@ -119,6 +119,12 @@ PACKAGES: dict[str, Package] = {
         "989712d90d57dfa3230049f553bb43b76c30ee4d4b8c5f6e106e33f7db5cbdc5",
         "public domain",
     ),
+    "gcompris": Package(
+        "debian",
+        "gcompris-qt-data=3.1-2",
+        "e9cf06ab2105529068df73085784e835d2ff03f870d2a8091f09125d40abac9f",
+        "GPL-3.0-or-later, the words CC-BY-SA-3.0",
+    ),
     "fluent-emoji-3d": Package(
         "npm",
         "@lobehub/fluent-emoji-3d@1.1.0",

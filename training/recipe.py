@@ -24,6 +24,10 @@ from transformers.training_args import OptimizerNames
 from .objective import Options, check_weights
 from .patterns import check_pattern
 
+# Batches from a mining of negatives to the first that has them: more than any worker makes ahead (2 each, and 3).
+LAG = 32
+MOST_WORKERS = (LAG - 3) // 2
+
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -69,6 +73,54 @@ class LoraSpec:
 
 
 @dataclass
+class BalanceSpec:
+    """Weights of the stage's datasets by how well they cover the validation sets (balancing.py), by its first model.
+
+    Attributes:
+        samples: rows of each dataset.
+        clusters: centroids of each dataset and modality combination.
+        epsilon: of Sinkhorn, in cosine.
+        temperature: of the softmax over the datasets' scores.
+    """
+
+    samples: int = 10_000
+    clusters: int = 64
+    epsilon: float = 0.1
+    temperature: float = 0.1
+
+
+@dataclass
+class SelectSpec:
+    """The stage takes a clean subset of its datasets, near the validation sets (choosing.py), by its first model.
+
+    Attributes:
+        share: of each dataset's rows that is kept.
+        clean: pairs that score below lambda* come last.
+        clusters: centroids of each validation set and side.
+    """
+
+    share: float = 0.5
+    clean: bool = True
+    clusters: int = 64
+
+
+@dataclass
+class MineSpec:
+    """Mined hard negatives (mining.py) beside those that the rows bring.
+
+    Attributes:
+        negatives: k, for each row.
+        datasets: which ones; all of the stage's by default.
+        every: steps from one mining to the next, with the model as it is then; none mines once, before the first step.
+            What is mined takes effect `LAG` batches later.
+    """
+
+    negatives: int = 4
+    datasets: list[str] = field(default_factory=list)
+    every: int | None = None
+
+
+@dataclass
 class StageSpec:
     """One stage; it starts from the model of the stage before.
 
@@ -96,6 +148,9 @@ class StageSpec:
         workers: processes that read batches.
         logging_steps, save_steps: how often; a checkpoint is what a killed run goes on from.
         report_to: "tensorboard" and its kin.
+        balance: weights by the validation sets, times those in ``datasets``.
+        select: only a clean subset near the validation sets.
+        mine: hard negatives.
     """
 
     datasets: dict[str, float] = field(default_factory=dict)
@@ -123,6 +178,9 @@ class StageSpec:
     logging_steps: int = 10
     save_steps: int = 100
     report_to: list[str] = field(default_factory=list)
+    balance: BalanceSpec | None = None
+    select: SelectSpec | None = None
+    mine: MineSpec | None = None
 
 
 @dataclass
@@ -133,6 +191,7 @@ class Recipe:
         model: folder of the model to start from.
         output: folder for checkpoints, logs and the model of each stage.
         datasets, stages: by name; stages run in their order.
+        validation: small sets like the downstream tests, which ``balance`` and ``select`` look at; never trained on.
         seed: of everything that is drawn.
         folder: where the recipe lies; relative dataset paths are relative to it.
     """
@@ -141,6 +200,7 @@ class Recipe:
     output: str
     datasets: dict[str, DatasetSpec]
     stages: dict[str, StageSpec]
+    validation: dict[str, DatasetSpec] = field(default_factory=dict)
     seed: int = 0
     folder: Path = Path()
 
@@ -154,15 +214,20 @@ class Recipe:
         for name in stages:
             spec = self.stages[name]
             settings = {key: value for key, value in asdict(spec).items() if key not in _BOOKKEEPING}
+            settings = {key: value for key, value in settings.items() if value is not None or key not in _CHOICES}
             drawn = [
                 [key, asdict(part)] for key, part in self.datasets.items() if key in (spec.datasets or self.datasets)
             ]
             said.append([name, settings, drawn])
+            if spec.balance or spec.select:
+                said.append([[key, asdict(part)] for key, part in self.validation.items()])
         return hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()
 
 
 # Settings that decide how a stage is watched, not what comes of it.
 _BOOKKEEPING = ("logging_steps", "save_steps", "report_to", "workers")
+
+_CHOICES = ("balance", "select", "mine")
 
 
 def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -318,8 +383,8 @@ def _check(recipe: Recipe) -> None:
     """
     if not recipe.datasets or not recipe.stages:
         raise RecipeError("datasets and stages must each have an entry.")
-    for name, dataset in recipe.datasets.items():
-        key = f"datasets.{name}"
+    parts = {"datasets": recipe.datasets, "validation": recipe.validation}
+    for key, dataset in ((f"{part}.{name}", spec) for part, specs in parts.items() for name, spec in specs.items()):
         _guard(f"{key}.losses", check_weights, dataset.losses)
         for pattern in dataset.patterns:
             _guard(f"{key}.patterns", check_pattern, pattern)
@@ -333,6 +398,7 @@ def _check(recipe: Recipe) -> None:
         _need(bool(dataset.tasks), f"{key}.tasks", dataset.tasks, "a list with an entry; null is no instruction")
     for name, stage in recipe.stages.items():
         _check_stage(stage, f"stages.{name}", list(recipe.datasets))
+        _check_choices(recipe, stage, f"stages.{name}")
 
 
 def _check_stage(stage: StageSpec, key: str, datasets: list[str]) -> None:
@@ -377,6 +443,42 @@ def _check_stage(stage: StageSpec, key: str, datasets: list[str]) -> None:
         _need(0 <= getattr(stage, name) <= 1, f"{key}.{name}", getattr(stage, name), "between 0 and 1")
     for name, value in stage.learning_rates.items():
         _need(value >= 0, f"{key}.learning_rates.{name}", value, ">= 0")
+
+
+def _check_choices(recipe: Recipe, stage: StageSpec, key: str) -> None:
+    for name in ("balance", "select"):
+        if getattr(stage, name) is not None:
+            _need(
+                bool(recipe.validation), "validation", recipe.validation, f"a set or more, as {key}.{name} needs them"
+            )
+    drawn = [name for name in recipe.datasets if not stage.datasets or stage.datasets.get(name, 0) > 0]
+    if stage.balance is not None:
+        for name in ("samples", "clusters"):
+            value = getattr(stage.balance, name)
+            _need(value >= 1, f"{key}.balance.{name}", value, "an integer >= 1")
+        for name in ("epsilon", "temperature"):
+            value = getattr(stage.balance, name)
+            _need(value > 0, f"{key}.balance.{name}", value, "above 0")
+    if stage.select is not None:
+        _need(0 < stage.select.share <= 1, f"{key}.select.share", stage.select.share, "above 0 and at most 1")
+        _need(stage.select.clusters >= 1, f"{key}.select.clusters", stage.select.clusters, "an integer >= 1")
+        _refuse_streams(recipe, drawn, f"{key}.select")
+    if stage.mine is not None:
+        every, known = stage.mine.every, stage.mine.datasets
+        _need(stage.mine.negatives >= 1, f"{key}.mine.negatives", stage.mine.negatives, "an integer >= 1")
+        _need(every is None or every >= 1, f"{key}.mine.every", every, "an integer >= 1, or nothing")
+        _need(set(known) <= set(drawn), f"{key}.mine.datasets", known, f"of the stage's datasets ({', '.join(drawn)})")
+        if every is not None:
+            needed = f"at most {MOST_WORKERS} where negatives are mined again"
+            _need(stage.workers <= MOST_WORKERS, f"{key}.workers", stage.workers, needed)
+        _refuse_streams(recipe, known or drawn, f"{key}.mine")
+
+
+def _refuse_streams(recipe: Recipe, names: list[str], key: str) -> None:
+    for name in names:
+        _need(not recipe.datasets[name].streamed, f"datasets.{name}.streamed", True, f"false, as {key} reads every row")
+    for name, spec in recipe.validation.items():
+        _need(not spec.streamed, f"validation.{name}.streamed", True, f"false, as {key} reads every row")
 
 
 def _check_expression(pattern: str) -> None:

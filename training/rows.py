@@ -13,7 +13,7 @@ import math
 import random
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from .patterns import check_pattern
 Item = str | dict[str, Any]
 Record = Mapping[str, Any]
 
-COLUMNS = ("id", "query", "target", "target_id", "negatives", "score", "teacher_scores")
+COLUMNS = ("id", "query", "target", "target_id", "negatives", "score", "teacher_scores", "mined")
 
 
 class RowError(ValueError):
@@ -71,7 +71,8 @@ def as_row(record: Record, default_id: str, folder: Path | None = None) -> Row:
     Args:
         record: columns ``query`` and ``target``, each an item (a dict, a string, or a dict as a JSON string); at will
             ``id``, ``target_id`` (by default the target's ``id``, else its content), ``negatives`` (a list of items),
-            ``score``, ``teacher_scores`` (one for the target and one for each negative). Absent is None.
+            ``score``, ``teacher_scores`` (one for the target and one for each negative). Absent is None. ``mined`` is
+            what `sail mine` notes of a row; nothing is read from it.
         default_id: where the record has no id.
         folder: what relative media paths are relative to.
 
@@ -109,6 +110,11 @@ def item_key(item: Item) -> str:
         return str(item["id"])
     content = {"text": item} if isinstance(item, str) else item
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=_digest).encode()).hexdigest()[:32]
+
+
+def number_of(name: str) -> int:
+    """A 63-bit number of an id: the same in every process."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) >> 1
 
 
 def _digest(value: Any) -> str:
@@ -322,6 +328,25 @@ class TrainingDataset:
         if not isinstance(record, Mapping):
             raise RowError(name, f"a record is a mapping or a Row, got {type(record).__name__}")
         return as_row(record, name, self.folder)
+
+
+def with_negatives(row: Row, dataset: TrainingDataset, places: Iterable[int], generator: random.Random) -> Row:
+    """A row with the targets of other rows as its negatives; those that cannot be read are left out."""
+    found = []
+    for place in places:
+        if place < 0:
+            break
+        try:
+            found.append(dataset.read(int(place), generator))
+        except RowError:
+            continue  # it is reported when its own turn comes
+    scores = None if row.teacher_scores is None else (*row.teacher_scores, *[float("nan")] * len(found))
+    return replace(
+        row,
+        negatives=(*row.negatives, *(one.target for one in found)),
+        negative_ids=(*row.negative_ids, *(one.target_id for one in found)),
+        teacher_scores=scores,
+    )
 
 
 def dropped_fields(item: Item, share: float, generator: random.Random) -> Item:

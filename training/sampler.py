@@ -10,12 +10,12 @@ import random
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .rows import Row, RowError, TrainingDataset
+from .rows import Row, RowError, TrainingDataset, with_negatives
 
 # A dataset that is this many batches behind its share is taken next, whatever the dice say: none starves.
 MOST_BEHIND = 2.0
@@ -36,6 +36,13 @@ class Draw:
     size: int
 
 
+class Negatives(Protocol):
+    """Mined negatives by batch (choosing.py)."""
+
+    def of(self, name: str, batch: int) -> np.ndarray | None:
+        """(N, k) rows of dataset ``name`` whose targets are negatives, -1 where there are fewer; None without any."""
+
+
 class SpecializedBatches(IterableDataset):
     """An endless, seeded stream of one rank's batches.
 
@@ -47,6 +54,7 @@ class SpecializedBatches(IterableDataset):
         seed: of the whole stream.
         rank, world_size: of this process; every rank has batch_size / world_size rows.
         start: first step, for a resumed run; the Trainer sets it.
+        negatives: mined hard negatives, added to those that the rows bring.
 
     Raises:
         ValueError: names or probabilities that do not fit; a batch size that the ranks cannot share.
@@ -62,6 +70,7 @@ class SpecializedBatches(IterableDataset):
         rank: int = 0,
         world_size: int = 1,
         start: int = 0,
+        negatives: Negatives | None = None,
     ) -> None:
         given = dict(probabilities or {})
         names = [dataset.name for dataset in datasets]
@@ -79,6 +88,7 @@ class SpecializedBatches(IterableDataset):
         self.datasets, self.collate = list(datasets), collate
         self.probabilities = weights / weights.sum()
         self.batch_size, self.seed, self.rank, self.world_size, self.start = batch_size, seed, rank, world_size, start
+        self.negatives = negatives
         self._plan = array("i")  # dataset of each step, as far as anyone asked
         self._counts = np.zeros(len(weights))
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
@@ -143,11 +153,13 @@ class SpecializedBatches(IterableDataset):
         if attempt:  # of a stream, rows that come later anyway
             ahead = random.Random(f"{self.seed}/{step}/{self.rank}/{attempt}")
             begin = begin + attempt * self.batch_size if dataset.streamed else ahead.randrange(len(dataset.source))
+        table = None if self.negatives is None else self.negatives.of(dataset.name, step)
         rows, generators, skipped = [], [], []
         for offset, (place, record) in enumerate(self._records(index, begin, size)):
             generator = random.Random(f"{self.seed}/{step}/{self.rank * size + offset}")
             try:
-                rows.append(dataset.read(place, generator, record))
+                row = dataset.read(place, generator, record)
+                rows.append(row if table is None else with_negatives(row, dataset, table[place], generator))
                 generators.append(generator)
             except RowError as error:
                 skipped.append((error.row_id, error.reason))

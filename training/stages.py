@@ -3,6 +3,7 @@
     <output>/<stage>/checkpoints/  what a killed run goes on from
                      model/        the stage's model and processor, in Hub format
                      log.json      every logged value
+                     balance.*, selected/, negatives/  what was chosen for it (choosing.py)
                      stage.json    what was trained on what, for how long: the entry of its model card
 
 Unusual: a stage that is done is not run again, and a stage that was begun with another recipe is refused; both are told
@@ -20,8 +21,8 @@ import re
 import resource
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,15 @@ from transformers import AutoConfig, TrainingArguments, set_seed
 
 from ..modeling_sail import SailEmbeddingModel
 from ..processing_sail import SailEmbeddingProcessor
+from .choosing import Chosen, Remining, choose
 from .collate import Collator
-from .data.sources import built_in_source
+from .data.sources import open_dataset
 from .distributed import rank, world_size
 from .feature_cache import FeatureCache, cache_media
+from .files import write_json, write_text
 from .objective import Objective
-from .recipe import Recipe, RecipeError, StageSpec
-from .rows import TrainingDataset, open_source
+from .recipe import BalanceSpec, Recipe, RecipeError, StageSpec
+from .rows import TrainingDataset
 from .sampler import SpecializedBatches
 from .trainer import ContrastiveTrainer
 
@@ -66,14 +69,14 @@ def run_recipe(recipe: Recipe, evaluator: Evaluator | None = None) -> Path:
     """
     check_against_model(recipe)
     PartialState(cpu=not torch.cuda.is_available())  # meets the other ranks, where there are any
-    datasets = open_datasets(recipe)
+    datasets, validation = open_datasets(recipe), open_validation(recipe)
     start = Path(recipe.model)
     for name in recipe.stages:
         folder = Path(recipe.output) / name
         if _is_done(folder, recipe.fingerprint(name)):
             logger.info("stage %s is done: %s", name, folder / "model")
         else:
-            run_stage(recipe, name, datasets, start, folder, evaluator)
+            run_stage(recipe, name, datasets, validation, start, folder, evaluator)
         start = folder / "model"
     return start
 
@@ -127,29 +130,57 @@ def _check_parts(name: str, stage: StageSpec, model: SailEmbeddingModel) -> None
 def open_datasets(recipe: Recipe) -> dict[str, TrainingDataset]:
     """The datasets that a stage draws from, by name."""
     used = {name for spec in recipe.stages.values() for name in (spec.datasets or recipe.datasets)}
-    opened = {}
-    for name, spec in recipe.datasets.items():
-        if name not in used:
-            continue
-        built_in = built_in_source(spec.path)
-        path = recipe.folder / spec.path
-        opened[name] = TrainingDataset(
-            name=name,
-            source=open_source(path, spec.streamed) if built_in is None else built_in,
-            tasks=spec.tasks,
-            sides=(spec.sides[0], spec.sides[1]),
-            patterns=spec.patterns,
-            temperature=spec.temperature,
-            losses=spec.losses,
-            folder=path.parent if built_in is None and path.suffix else None,
-        )
-    return opened
+    return {name: open_dataset(name, spec, recipe.folder) for name, spec in recipe.datasets.items() if name in used}
+
+
+def open_validation(recipe: Recipe) -> dict[str, TrainingDataset]:
+    """The sets that ``balance`` and ``select`` look at, where a stage has either."""
+    used = any(spec.balance or spec.select for spec in recipe.stages.values())
+    return {name: open_dataset(name, spec, recipe.folder) for name, spec in recipe.validation.items() if used}
+
+
+def balance_recipe(recipe: Recipe, name: str | None, out: Path) -> dict[str, float]:
+    """A stage's weights by the recipe's model, without training: what ``balance`` in the stage would come to.
+
+    Args:
+        recipe: with validation sets.
+        name: of the stage; the first one by default. Its ``balance`` settings count, or the defaults.
+        out: folder of ``balance.json`` and ``balance.html``.
+
+    Raises:
+        RecipeError: no such stage; no validation set. ValueError: `balancing.balance`.
+    """
+    name = name or next(iter(recipe.stages))
+    if name not in recipe.stages:
+        raise RecipeError(f"There is no stage {name!r}; there are {', '.join(recipe.stages)}.")
+    if not recipe.validation:
+        raise RecipeError("validation has no set; name one or more, like the downstream tests, beside datasets.")
+    stage = replace(recipe.stages[name], balance=recipe.stages[name].balance or BalanceSpec(), select=None, mine=None)
+    check_against_model(recipe)
+    weights = _weights(recipe, stage)
+    datasets = {key: one for key, one in open_datasets(recipe).items() if key in weights}
+    validation = {key: open_dataset(key, spec, recipe.folder) for key, spec in recipe.validation.items()}
+    model = SailEmbeddingModel.from_pretrained(recipe.model).eval()
+    processor = SailEmbeddingProcessor.from_pretrained(recipe.model)
+    freeze(model, stage, [stage.losses])
+    images, sounds = _caches(stage, model, processor, [*datasets.values(), *validation.values()])
+    collate = Collator(processor, images, sounds)
+    chosen = choose(stage, model, collate, datasets, weights, validation, out, recipe.seed)
+    total = sum(chosen.weights.values())
+    return {key: weight / total for key, weight in chosen.weights.items()}
+
+
+def _weights(recipe: Recipe, stage: StageSpec) -> dict[str, float]:
+    """What a stage draws from, by name, in its order."""
+    given = stage.datasets or dict.fromkeys(recipe.datasets, 1.0)
+    return {key: weight for key, weight in given.items() if weight > 0}
 
 
 def run_stage(
     recipe: Recipe,
     name: str,
     datasets: Mapping[str, TrainingDataset],
+    validation: Mapping[str, TrainingDataset],
     start: Path,
     folder: Path,
     evaluator: Evaluator | None = None,
@@ -159,14 +190,16 @@ def run_stage(
     set_seed(recipe.seed + list(recipe.stages).index(name))
     model = SailEmbeddingModel.from_pretrained(start)
     processor = SailEmbeddingProcessor.from_pretrained(start)
-    weights = stage.datasets or dict.fromkeys(recipe.datasets, 1.0)
-    drawn = {key: datasets[key] for key, weight in weights.items() if weight > 0}
-    model.temperatures.add({key: dataset.temperature for key, dataset in drawn.items()})
+    weights = _weights(recipe, stage)
+    drawn = {key: datasets[key] for key in weights}
     freeze(model, stage, [stage.losses, *(dataset.losses for dataset in drawn.values())])
-    trainer = _trainer(recipe, name, model, processor, drawn, weights, folder)
-    if rank() == 0 and not (folder / "fingerprint").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "fingerprint", recipe.fingerprint(name))
+    looked_at = validation if stage.balance or stage.select else {}
+    images, sounds = _caches(stage, model, processor, [*drawn.values(), *looked_at.values()])
+    collate = Collator(processor, images, sounds, stage.field_dropout)
+    _sign(folder, recipe.fingerprint(name))
+    chosen = choose(stage, model, collate, drawn, weights, looked_at, folder, recipe.seed)
+    model.temperatures.add({key: dataset.temperature for key, dataset in chosen.datasets.items()})
+    trainer = _trainer(recipe, name, model, collate, chosen, folder)
     last = last_checkpoint(folder / "checkpoints")
     if last is not None and last.name == f"checkpoint-{stage.steps}":  # killed after its last step
         trainer.take_over(last)
@@ -181,34 +214,34 @@ def run_stage(
     if rank() == 0:
         _write_log(trainer, folder)
         save_whole(trained, processor, folder / "model", state)
-        entry = _entry(recipe, name, trainer, drawn, start, begun, folder)
+        entry = _entry(recipe, name, trainer, chosen, start, begun, folder)
         if evaluator is not None:
             entry["evaluation"] = evaluator(trained.eval(), processor)
-        _write_json(folder / "stage.json", entry)
+        write_json(folder / "stage.json", entry)
     trainer.accelerator.wait_for_everyone()
 
 
+def _sign(folder: Path, fingerprint: str) -> None:
+    """What lies in the folder from now on is this recipe's."""
+    if rank() == 0 and not (folder / "fingerprint").exists():
+        write_text(folder / "fingerprint", fingerprint)
+
+
 def _trainer(
-    recipe: Recipe,
-    name: str,
-    model: SailEmbeddingModel,
-    processor: SailEmbeddingProcessor,
-    drawn: Mapping[str, TrainingDataset],
-    weights: Mapping[str, float],
-    folder: Path,
+    recipe: Recipe, name: str, model: SailEmbeddingModel, collate: Collator, chosen: Chosen, folder: Path
 ) -> ContrastiveTrainer:
     stage = recipe.stages[name]
-    images, sounds = _caches(stage, model, processor, drawn)
     batches = SpecializedBatches(
-        list(drawn.values()),
-        Collator(processor, images, sounds, stage.field_dropout),
+        list(chosen.datasets.values()),
+        collate,
         stage.batch_size,
-        {key: weights[key] for key in drawn},
+        chosen.weights,
         seed=recipe.seed + list(recipe.stages).index(name),
         rank=rank(),
         world_size=world_size(),
+        negatives=chosen.negatives,
     )
-    return ContrastiveTrainer(
+    trainer = ContrastiveTrainer(
         model,
         training_arguments(stage, folder, recipe.seed),
         objective=Objective(stage.losses, stage.options),
@@ -218,13 +251,20 @@ def _trainer(
         train_dataset=batches,
         learning_rates=stage.learning_rates,
     )
+    if chosen.negatives is not None and stage.mine is not None and stage.mine.every is not None:
+        if trainer.is_fsdp_enabled:
+            raise RecipeError(
+                f"stages.{name}.mine.every: a model that ranks share (FSDP) cannot embed rows as it trains."
+            )
+        trainer.add_callback(Remining(trainer, chosen.datasets, stage.mine, chosen.negatives))
+    return trainer
 
 
 def _caches(
     stage: StageSpec,
     model: SailEmbeddingModel,
     processor: SailEmbeddingProcessor,
-    drawn: Mapping[str, TrainingDataset],
+    datasets: Iterable[TrainingDataset],
 ) -> tuple[FeatureCache | None, FeatureCache | None]:
     if stage.feature_cache is None:
         return None, None
@@ -233,7 +273,7 @@ def _caches(
         if module is not None and any(parameter.requires_grad for parameter in module.parameters()):
             raise RecipeError(f"feature_cache needs frozen towers; add '{tower}.*' to freeze.")
     with PartialState().main_process_first():  # the others read what the first one wrote
-        return cache_media(model, processor, drawn.values(), Path(stage.feature_cache))
+        return cache_media(model, processor, datasets, Path(stage.feature_cache))
 
 
 def training_arguments(stage: StageSpec, folder: Path, seed: int) -> TrainingArguments:
@@ -332,7 +372,7 @@ def _entry(
     recipe: Recipe,
     name: str,
     trainer: ContrastiveTrainer,
-    drawn: Mapping[str, TrainingDataset],
+    chosen: Chosen,
     start: Path,
     begun: float,
     folder: Path,
@@ -351,12 +391,14 @@ def _entry(
         "datasets": {
             key: {
                 "rows": None if dataset.streamed else len(dataset.source),
+                "weight": float(batches.probabilities[place]),
                 "batches": seen.count(place),
                 "samples": seen.count(place) * stage.batch_size,
                 "temperature": float(trainer.accelerator.unwrap_model(trainer.model).temperatures(key).detach()),
             }
-            for place, (key, dataset) in enumerate(drawn.items())
+            for place, (key, dataset) in enumerate(chosen.datasets.items())
         },
+        "chosen": _reports(folder),
         "steps": trainer.state.global_step,
         "samples": stage.steps * stage.accumulation * stage.batch_size,
         "rows_skipped": len(trainer.skipped),
@@ -372,6 +414,16 @@ def _entry(
     }
 
 
+def _reports(folder: Path) -> dict[str, Any]:
+    """What choosing.py reported, by the file's place in the stage's folder."""
+    found = [folder / "balance.json", folder / "selected" / "report.json", *folder.glob("negatives/*/report.json")]
+    return {
+        path.relative_to(folder).with_suffix("").as_posix(): json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(found)
+        if path.is_file()
+    }
+
+
 def _sessions(folder: Path, begun: float) -> list[str]:
     """Lines of sessions.jsonl, this session's added: a run that was killed and resumed has several."""
     path = folder / "sessions.jsonl"
@@ -381,15 +433,4 @@ def _sessions(folder: Path, begun: float) -> list[str]:
 
 
 def _write_log(trainer: ContrastiveTrainer, folder: Path) -> None:
-    _write_json(folder / "log.json", trainer.state.log_history)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    _write(path, json.dumps(content, indent=1, default=str) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """The file is there whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_json(folder / "log.json", trainer.state.log_history)

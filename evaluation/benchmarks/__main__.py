@@ -1,4 +1,4 @@
-"""``python -m modeling_sail.evaluation.benchmarks encode|exact|loss|cache``: JSON lines, each figure beside its peer."""
+"""``python -m modeling_sail.evaluation.benchmarks NAME``: JSON lines, each figure beside its peer."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 ``mini:openclipart`` and its kin in a recipe. Unusual: EfficientNet's own classifier is a teacher: its class names,
 drawn by its probabilities, caption pictures. Rows of any source whose name or title is a held-out Tux Paint name are
-left out; a tag or a class may still say one (`names_in_tags`).
+left out, and so are tags that say one; only a class name of the frozen tower may still be one.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ def load_sources() -> dict[str, list[dict[str, Any]]]:
     held_out = {name_key(row["names"]["en"]) for part in ("test", "validation") for row in parts[part]}
     openclipart = [row for row in load_openclipart() if name_key(row["title"]) not in held_out]
     emoji = [row for row in load_emoji() if name_key(row["names"]["en"]) not in held_out]
+    for row in (*openclipart, *emoji):
+        row["tags"] = [tag for tag in row.get("tags", []) if name_key(tag) not in held_out]
     for row in emoji:
         row["speech"] = speak(row, cache_root() / "speech")
     rows = {"tuxpaint": parts["train"], "openclipart": few_per_title(openclipart), "emoji": emoji}

@@ -6,8 +6,11 @@ To add one: a file in this folder with a function from a part's name to records,
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from ..recipe import DatasetSpec
+from ..rows import TrainingDataset, open_source
 from .mini_pairs import SOURCES as MINI
 from .mini_pairs import mini_source
 
@@ -27,3 +30,23 @@ def built_in_source(path: str) -> Any:
     if part not in parts:
         raise ValueError(f"There is no built-in source {path!r}; of {name!r} there are {', '.join(parts)}.")
     return open_part(part)
+
+
+def open_dataset(name: str, spec: DatasetSpec, folder: Path = Path()) -> TrainingDataset:  # noqa: B008  immutable
+    """A recipe's dataset: of a built-in source, or of a path relative to the recipe's folder.
+
+    Raises:
+        FileNotFoundError: nothing is there. ValueError: no such built-in source; another kind of file; no rows.
+    """
+    built_in = built_in_source(spec.path)
+    path = folder / spec.path
+    return TrainingDataset(
+        name=name,
+        source=open_source(path, spec.streamed) if built_in is None else built_in,
+        tasks=spec.tasks,
+        sides=(spec.sides[0], spec.sides[1]),
+        patterns=spec.patterns,
+        temperature=spec.temperature,
+        losses=spec.losses,
+        folder=path.parent if built_in is None and path.suffix else None,
+    )
