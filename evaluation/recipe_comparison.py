@@ -1,8 +1,8 @@
-"""Recipes beside each other: as many steps, several seeds, the retrieval of the same held-out names.
+"""Recipes beside each other, stage by stage: several seeds, the retrieval of the same held-out names.
 
-    python -m modeling_sail.evaluation.recipe_comparison mini-plain mini-full --seeds 0 1 2
+    python -m modeling_sail.evaluation.recipe_comparison mini-progressive mini-all-in-one --seeds 0 1 2
 
-A run that was stopped goes on where it was: stages that are done are not run again.
+A run that was stopped goes on where it was: stages that are done are not run again, and neither is their evaluation.
 """
 
 from __future__ import annotations
@@ -16,38 +16,66 @@ from typing import Any
 from ..modeling_sail import SailEmbeddingModel
 from ..processing_sail import SailEmbeddingProcessor
 from ..training.collate import Collator
-from ..training.data.mini_pairs import load_sources
+from ..training.files import write_json
 from ..training.mini import cache_features
 from ..training.recipe import load_recipe
 from ..training.stages import run_recipe
-from .tuxpaint_retrieval import evaluate
+from .tuxpaint_retrieval import evaluate, evaluation_sources
+
+Results = list[dict[str, Any]]
 
 
 def compare(
-    recipes: list[str], seeds: list[int], work: Path, overrides: list[str]
-) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """``{recipe: {seed: results}}``; the results are those of `tuxpaint_retrieval.evaluate`, and of the warm model."""
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {"before": {"-": _evaluated(work / "warm", work)}}
+    recipes: list[str], seeds: list[int], work: Path, overrides: list[str], out: Path
+) -> dict[str, dict[str, Results]]:
+    """``{stage: {seed: results}}``; the results are those of `tuxpaint_retrieval.evaluate`, and of the warm model.
+
+    Args:
+        recipes: names or files; a recipe of several stages has a column for each of them.
+        seeds: each recipe is run with each.
+        work: the warm model and the feature cache.
+        overrides: ``key=value`` of every recipe.
+        out: folder of the stages.
+    """
+    evaluator = Evaluator(work)
+    found: dict[str, dict[str, Results]] = {"before": {"-": evaluator.of_folder(work / "warm", out / "before.json")}}
     for seed in seeds:
         for name in recipes:
-            output = work / "comparison" / name / str(seed)
+            output = out / Path(name).stem / str(seed)
             places = [f"model={work / 'warm'}", f"output={output}", f"defaults.feature_cache={work}", f"seed={seed}"]
-            folder = run_recipe(load_recipe(name, [*places, *overrides]))
-            kept = output / "retrieval.json"
-            if not kept.is_file():
-                kept.write_text(json.dumps(_evaluated(folder, work)), encoding="utf-8")
-            found.setdefault(name, {})[str(seed)] = json.loads(kept.read_text(encoding="utf-8"))
+            recipe = load_recipe(name, [*places, *overrides])
+            run_recipe(recipe, evaluator)
+            for stage in recipe.stages:
+                column = f"{Path(name).stem}: {stage}" if len(recipe.stages) > 1 else Path(name).stem
+                entry = json.loads((output / stage / "stage.json").read_text(encoding="utf-8"))
+                found.setdefault(column, {})[str(seed)] = entry["evaluation"]
     return found
 
 
-def _evaluated(folder: Path, work: Path) -> list[dict[str, Any]]:
-    model = SailEmbeddingModel.from_pretrained(folder).eval()
-    processor = SailEmbeddingProcessor.from_pretrained(folder)
-    images, sounds = cache_features(model, processor, work)
-    return evaluate(model, Collator(processor, images, sounds), None, load_sources()["test"])
+class Evaluator:
+    """What `stages.run_recipe` calls with the model of each stage.
+
+    Args:
+        work: the feature cache.
+    """
+
+    def __init__(self, work: Path) -> None:
+        self.work, self.sources = work, evaluation_sources()
+
+    def __call__(self, model: SailEmbeddingModel, processor: SailEmbeddingProcessor) -> Results:
+        images, sounds = cache_features(model, processor, self.work, self.sources)
+        return evaluate(model, Collator(processor, images, sounds), None, self.sources)
+
+    def of_folder(self, folder: Path, kept: Path) -> Results:
+        """The same of a saved model; what is in ``kept`` already is read."""
+        if not kept.is_file():
+            model = SailEmbeddingModel.from_pretrained(folder).eval()
+            write_json(kept, self(model, SailEmbeddingProcessor.from_pretrained(folder)))
+        results: Results = json.loads(kept.read_text(encoding="utf-8"))
+        return results
 
 
-def table(found: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
+def table(found: dict[str, dict[str, Results]]) -> str:
     """Markdown: R@10 of each task, mean over the seeds and half the distance of the extremes."""
     lines = ["| task | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
     tasks = [row["task"] for row in next(iter(next(iter(found.values())).values()))]
@@ -70,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="key=value", help="of every recipe")
     parser.add_argument("--out", type=Path, help="JSON of the results")
     args = parser.parse_args(arguments)
-    found = compare(args.recipes, args.seeds, args.work, args.overrides)
+    found = compare(args.recipes, args.seeds, args.work, args.overrides, args.work / "comparison")
     print(table(found))
     if args.out is not None:
         args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

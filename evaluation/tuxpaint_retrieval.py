@@ -1,4 +1,4 @@
-"""Retrieval on the held-out names of Tux Paint, beside a linear baseline on the same frozen features, in one run.
+"""Retrieval on the held-out names of Tux Paint and on GCompris, beside a linear baseline on the same features, in one go.
 
     python -m modeling_sail.evaluation.tuxpaint_retrieval --model build/mini --work runs/mini
 
@@ -21,7 +21,8 @@ from torch.nn import functional as F  # noqa: N812  the field's own abbreviation
 from ..modeling_sail import SailEmbeddingModel
 from ..training.build import load_built
 from ..training.collate import Collator
-from ..training.data.mini_pairs import load_sources, names_in_tags, teacher_probabilities
+from ..training.data.gcompris import load_gcompris
+from ..training.data.mini_pairs import load_sources, teacher_probabilities
 from ..training.data.tuxpaint import name_key
 from ..training.feature_cache import FeatureCache
 from ..training.mini import cache_features
@@ -31,16 +32,20 @@ from ..training.warm_start import text_encoder
 from .metrics import recall_at
 
 Rows = list[dict[str, Any]]
+Task = tuple[list[Item], list[Item], Tensor]
 LANGUAGE = "fr"  # the language with the most recorded speech
 RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
 BLENDS = (0.0, 0.2, 0.4, 0.6, 0.8)
 
 
+# Pictures of GCompris that are openclipart's too, which is trained on.
+SEEN = {f"gcompris/instruments/{name}" for name in ("flute_traversiere", "harp", "maracas", "trombone", "violin")}
+
 # --- what is retrieved ----------------------------------------------------------------------------------------------
 
 
-def tasks(rows: Rows) -> dict[str, tuple[list[Item], list[Item], Tensor, list[str]]]:
-    """Name of a task -> (queries, candidates, (Q, N) relevance, key of each query's name).
+def tasks(rows: Rows) -> dict[str, Task]:
+    """Name of a task -> (queries, candidates, (Q, N) relevance).
 
     Candidates are one for each distinct name.
     """
@@ -51,14 +56,25 @@ def tasks(rows: Rows) -> dict[str, tuple[list[Item], list[Item], Tensor, list[st
     mixed = [{"text": f"{english[key]['text']} {french[key]['text']}"} for key in french]
     keys, spoken_keys = _keys(rows), _keys(spoken)
     return {
-        "picture -> name": (picture, list(english.values()), _same(keys, english), keys),
-        "speech -> name": (speech, list(french.values()), _same(spoken_keys, french), spoken_keys),
-        "picture -> name (both languages)": (pictures, mixed, _same(spoken_keys, french), spoken_keys),
-        "speech -> name (both languages)": (speech, mixed, _same(spoken_keys, french), spoken_keys),
-        "picture+speech -> name (both languages)": (both, mixed, _same(spoken_keys, french), spoken_keys),
-        "name -> item (picture+speech)": (mixed, both, _same(spoken_keys, french).T, list(french)),
-        "picture -> speech": (pictures, speech, _same(spoken_keys, spoken_keys), spoken_keys),
+        "picture -> name": (picture, list(english.values()), _same(keys, english)),
+        "speech -> name": (speech, list(french.values()), _same(spoken_keys, french)),
+        "picture -> name (both languages)": (pictures, mixed, _same(spoken_keys, french)),
+        "speech -> name (both languages)": (speech, mixed, _same(spoken_keys, french)),
+        "picture+speech -> name (both languages)": (both, mixed, _same(spoken_keys, french)),
+        "name -> item (picture+speech)": (mixed, both, _same(spoken_keys, french).T),
+        "picture -> speech": (pictures, speech, _same(spoken_keys, spoken_keys)),
     }
+
+
+def evaluation_sources() -> dict[str, Rows]:
+    """`load_sources`, and "gcompris": named pictures of a source that nothing is trained on."""
+    return load_sources() | {"gcompris": [row for row in load_gcompris() if row["id"] not in SEEN]}
+
+
+def unseen_tasks(rows: Rows) -> dict[str, Task]:
+    """The same for pictures of another source: photographs and drawings of first words."""
+    names = _names(rows, "en")
+    return {"picture -> name (GCompris)": (_items(rows, "image"), list(names.values()), _same(_keys(rows), names))}
 
 
 def _names(rows: Rows, language: str) -> dict[str, Item]:
@@ -70,7 +86,7 @@ def _keys(rows: Rows) -> list[str]:
 
 
 def _items(rows: Rows, *fields: str) -> list[Item]:
-    values = [{"image": row["image"], "audio": row["speech"].get(LANGUAGE)} for row in rows]
+    values = [{"image": row["image"], "audio": row.get("speech", {}).get(LANGUAGE)} for row in rows]
     return [{field: item[field] for field in fields} for item in values]
 
 
@@ -181,15 +197,11 @@ def _speech_pairs(rows: Rows, sounds: FeatureCache) -> list[tuple[str, str]]:
 
 
 def evaluate(
-    model: SailEmbeddingModel, collate: Collator, baseline: LinearBaseline | None, rows: Rows
+    model: SailEmbeddingModel, collate: Collator, baseline: LinearBaseline | None, sources: dict[str, Rows]
 ) -> list[dict[str, Any]]:
-    """One result for each task: sizes, and R@1 and R@10 of the model and of the baseline.
-
-    "unseen": the same over the queries whose name no tag of a training picture says (`names_in_tags`).
-    """
-    results, said = [], names_in_tags()
-    for name, (queries, candidates, relevant, keys) in tasks(rows).items():
-        unseen = torch.tensor([key not in said for key in keys])
+    """One result for each task: sizes, and R@1 and R@10 of the model and of the baseline."""
+    results = []
+    for name, (queries, candidates, relevant) in (tasks(sources["test"]) | unseen_tasks(sources["gcompris"])).items():
         task = family(queries, candidates)
         ours = embed(model, collate, queries, task, "query") @ embed(model, collate, candidates, task, "target").T
         result: dict[str, Any] = {"task": name, "queries": len(queries), "candidates": len(candidates)}
@@ -198,8 +210,6 @@ def evaluate(
             scores["linear"] = baseline.embed(queries) @ baseline.embed(candidates).T
         for who, matrix in scores.items():
             result |= {f"{who} R@{k}": round(recall_at(matrix, relevant, k), 4) for k in (1, 10)}
-            result[f"{who} R@10 unseen"] = round(recall_at(matrix[unseen], relevant[unseen], 10), 4)
-        result["queries unseen"] = int(unseen.sum())
         results.append(result)
     return results
 
@@ -212,14 +222,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="JSON of the results")
     args = parser.parse_args(arguments)
     model, processor = load_built(args.model)
-    sources = load_sources()
-    images, sounds = cache_features(model, processor, args.work)
+    sources = evaluation_sources()
+    images, sounds = cache_features(model, processor, args.work, sources)
     for row in (row for part in sources.values() for row in part):
         row["speech"] = {language: path for language, path in row.get("speech", {}).items() if path in sounds}
     from ..training.build import assemble  # the baseline reads the backbone as it was before training
 
     baseline = LinearBaseline(text_encoder(assemble("mini")[0], processor), images, sounds, sources)
-    results = evaluate(model, Collator(processor, images, sounds), baseline, sources["test"])
+    results = evaluate(model, Collator(processor, images, sounds), baseline, sources)
     for result in results:
         print("  ".join(f"{value:>40}" if name == "task" else f"{name} {value}" for name, value in result.items()))
     if args.out:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from modeling_sail.evaluation.benchmarks import cache, loss
+from modeling_sail.evaluation.benchmarks import cache, loss, mine
 from modeling_sail.evaluation.benchmarks.child import run_child
 from modeling_sail.evaluation.benchmarks.encode import encode_benchmark
 from modeling_sail.evaluation.benchmarks.exact import exact_benchmark
@@ -40,3 +40,12 @@ def test_an_item_is_the_same_alone_and_in_a_batch_and_bfloat16_is_not_float32(ti
     assert found["float32, alone and in a batch", "largest difference"] < 1e-5
     assert 1e-5 < found["bfloat16 and float32", "largest difference"] < 0.1
     assert found["bfloat16 and float32", "lowest cosine"] > 0.99
+
+
+def test_the_miners_side_finds_what_is_planted_and_the_peer_runs() -> None:
+    given = mine.planted(300)
+    found = mine.ours(*given)
+    assert 0.6 < found["f1"] < 1.0 and found["false_negatives"] > 0
+    assert mine.peer(*given)["rows"] == 300
+    lines = list(mine.mine_benchmark(100, 1, {"default": {}}))
+    assert {line["peer_name"] for line in lines} >= set(mine.NAMES.values())

@@ -38,10 +38,13 @@ _TRAINING_ONLY = {"temperatures.log"}  # of these sources; another training brin
 
 
 def cache_features(
-    model: SailEmbeddingModel, processor: SailEmbeddingProcessor, work: Path
+    model: SailEmbeddingModel,
+    processor: SailEmbeddingProcessor,
+    work: Path,
+    sources: dict[str, list[dict[str, Any]]] | None = None,
 ) -> tuple[FeatureCache, FeatureCache]:
-    """Tower features of every picture and sound of the sources, test and validation too."""
-    rows = [row for part in load_sources().values() for row in part]
+    """Tower features of every picture and sound of the sources, by default `load_sources`, test and validation too."""
+    rows = [row for part in (sources or load_sources()).values() for row in part]
     return cache_media(model, processor, [TrainingDataset("mini", Source([None], rows))], work)
 
 

@@ -11,6 +11,7 @@ from .child import ALLOCATORS
 from .encode import encode_benchmark
 from .exact import exact_benchmark
 from .loss import loss_benchmark
+from .mine import mine_benchmark
 
 
 def main() -> None:
@@ -31,6 +32,8 @@ def main() -> None:
     loss.add_argument("--size", type=int, default=16_384, help="B")
     cache = benchmarks.add_parser("cache", help="cached gradients beside direct backward and sentence-transformers")
     cache.add_argument("--size", type=int, default=2048, help="B, in pairs")
+    mine = benchmarks.add_parser("mine", help="lambda* and hard negatives beside the bare product and the peer's miner")
+    mine.add_argument("--size", type=int, default=20_000, help="pairs")
     args = parser.parse_args()
     allocators = dict(list(ALLOCATORS.items())[:1]) if args.default_allocator else ALLOCATORS
     if args.benchmark == "encode":
@@ -38,7 +41,9 @@ def main() -> None:
     elif args.benchmark == "exact":
         figures = exact_benchmark(args.model)
     else:
-        figures = {"loss": loss_benchmark, "cache": cache_benchmark}[args.benchmark](args.size, args.rounds, allocators)
+        figures = {"loss": loss_benchmark, "cache": cache_benchmark, "mine": mine_benchmark}[args.benchmark](
+            args.size, args.rounds, allocators
+        )
     for line in map(json.dumps, figures):
         print(line, flush=True)
         if args.out is not None:

@@ -61,14 +61,6 @@ def load_sources() -> dict[str, list[dict[str, Any]]]:
     return rows | {"test": parts["test"], "validation": parts["validation"]}
 
 
-def names_in_tags() -> set[str]:
-    """Keys of held-out names that a tag of a training picture says: not quite unseen, so they are reported apart."""
-    sources = load_sources()
-    held_out = {name_key(row["names"]["en"]) for part in ("test", "validation") for row in sources[part]}
-    tags = {name_key(tag) for part in ("openclipart", "emoji") for row in sources[part] for tag in row.get("tags", [])}
-    return held_out & tags
-
-
 def few_per_title(rows: list[dict[str, Any]], most: int = 3) -> list[dict[str, Any]]:
     """At most ``most`` rows of each title: openclipart has titles with a hundred near-copies."""
     seen: dict[str, int] = {}
@@ -257,6 +249,10 @@ SOURCES: dict[str, Callable[[], Source]] = {
     "cross": lambda: _source(_cross, _spoken_rows("tuxpaint", "emoji")),
     "same-title": _same_title_source,
     "graded": _graded_source,
+    # What `balance` and `select` look at; no stage trains on them.
+    "validation-picture": lambda: _source(_named, _pictures("validation")),
+    "validation-speech": lambda: _speech_source("validation"),
+    "validation-both": lambda: _source(_both, _spoken_rows("validation")),
 }
 
 
