@@ -1,4 +1,4 @@
-"""Retrieval on the held-out names of Tux Paint and on GCompris, beside a linear baseline on the same features, in one go.
+"""Retrieval on held-out names of Tux Paint and on GCompris, beside a linear baseline on the same features, in one go.
 
     python -m modeling_sail.evaluation.tuxpaint_retrieval --model build/mini --work runs/mini
 

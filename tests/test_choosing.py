@@ -96,7 +96,8 @@ def test_a_balanced_stage_draws_twins_alike_and_noise_least(recipe_of, tmp_path,
     assert drawn["datasets"]["noise"]["weight"] == pytest.approx(weights["noise"])
     assert drawn["datasets"]["noise"]["batches"] == pytest.approx(40 * weights["noise"], abs=2.5)
     assert drawn["chosen"]["balance"]["weights"] == weights
-    assert "<table class='heat'>" in (base / "balance.html").read_text()
+    drawing = (base / "balance.svg").read_text()
+    assert drawing in (base / "balance.html").read_text() and drawing.count("<rect") == 3 * (1 + 1)
     assert not (base / "balance-parts").exists()
     monkeypatch.setattr(choosing, "sample_embeddings", None)  # a second run reads what is there
     (base / "stage.json").unlink()

@@ -1,6 +1,6 @@
 """What a stage draws from: balanced weights, a clean subset near the validation sets, hard negatives (section 3.1).
 
-    <stage>/balance.json, balance.html         weights of the datasets, and what they come from
+    <stage>/balance.json, .html, .svg          weights of the datasets, and what they come from
             selected/<dataset>.npy, report.json  rows that are kept
             negatives/<batch>/<dataset>.npy, report.json  (N, k) rows whose targets are negatives
 
@@ -30,7 +30,7 @@ from .collate import Collator
 from .distributed import rank, wait, world_size
 from .files import write_json, write_text
 from .mining import mine, summary
-from .pages import balance_page
+from .pages import balance_page, heat_map
 from .recipe import LAG, BalanceSpec, MineSpec, SelectSpec, StageSpec
 from .rows import TrainingDataset
 from .survey import Survey, sample_embeddings, survey
@@ -112,7 +112,7 @@ def balanced(
         datasets: the training sets.
         validation: benchmarks like the downstream tests.
         spec: settings.
-        folder: gets ``balance.json`` and ``balance.html``; what is there already is read.
+        folder: gets ``balance.json``, ``.html`` and ``.svg``; what is there already is read.
         seed: of the samples and of k-means.
 
     Raises:
@@ -164,6 +164,7 @@ def _balance(
     )
     counts = {name: {kind: len(part) for kind, part in kinds.items()} for name, kinds in known["training"].items()}
     write_text(folder / "balance.html", balance_page(found))
+    write_text(folder / "balance.svg", heat_map(found))
     write_json(folder / "balance.json", _balance_report(found, spec, counts))
     shutil.rmtree(parts)
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # both bring libraries that a page does not need
 STYLE = (
     "<style>body{font:15px sans-serif;margin:2em;max-width:70em}td,th{padding:.2em 1em .2em 0;text-align:left}"
     "img{max-height:110px}.pair{display:flex;gap:2em;align-items:center;border-top:1px solid #ccc;padding:.6em 0}"
-    ".pair>div{width:15em}.heat td{padding:.5em .8em;text-align:right}.note{background:#fff3cd;padding:.6em}</style>"
+    ".pair>div{width:15em}</style>"
 )
 CURVE_POINTS = 512
 LINES = {"F1": "#c33", "precision": "#36c", "recall": "#393"}
@@ -69,30 +69,45 @@ def curve_plot(found: Threshold) -> str:
 
 
 def balance_page(found: Balance) -> str:
-    """The heat map of datasets and benchmarks, the weights beside it."""
-    low, high = float(np.nanmin(found.scores)), float(np.nanmax(found.scores))
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in [*found.benchmarks, "mean", "weight"])
-    lines = ""
-    for name, scores, used in zip(found.datasets, found.scores, found.used, strict=True):
-        cells = "".join(_cell(value, kinds, low, high) for value, kinds in zip(scores, used, strict=True))
-        mean, weight = float(np.nanmean(scores)), found.weights[name]
-        bar = f"<div style='background:#36c;height:.6em;width:{weight * 20:.2f}em'></div>"
-        cells += f"<td>{mean:.3f}</td><td style='text-align:left'>{weight:.3f}{bar}</td>"
-        lines += f"<tr><th>{html.escape(name)}</th>{cells}</tr>"
+    """The heat map of datasets and benchmarks, and how to read it."""
     said = (
         "<p>Each cell is sum(P * C): the cosine that the transport plan between the dataset's centroids and the "
         "benchmark's meets on average, and which embeddings were compared. The weight is the softmax of the mean at "
         f"temperature {found.temperature:g}.</p>"
     )
-    return page("Weights of the datasets", said, f"<table class='heat'><tr><th></th>{head}</tr>{lines}</table>")
+    return page("Weights of the datasets", said, heat_map(found))
 
 
-def _cell(value: float, kinds: str, low: float, high: float) -> str:
-    if np.isnan(value):
-        return "<td title='no modality in common'>&ndash;</td>"
-    shade = (value - low) / ((high - low) or 1.0)
-    colour = f"rgb({255 - 200 * shade:.0f},{255 - 120 * shade:.0f},255)"
-    return f"<td style='background:{colour}'>{value:.3f}<br><small>{html.escape(kinds)}</small></td>"
+def heat_map(found: Balance) -> str:
+    """Datasets by benchmarks as SVG: scores, what was compared, the mean, the weight as a bar."""
+    left, across, down = 10 + 8 * max(map(len, found.datasets)), 110, 44
+    columns = [*found.benchmarks, "mean", "weight"]
+    shapes = [_text(left + across * (x + 0.5), 20, name, "middle") for x, name in enumerate(columns)]
+    low, high = float(np.nanmin(found.scores)), float(np.nanmax(found.scores))
+    for row, name in enumerate(found.datasets):
+        top, mean, weight = 32 + row * down, float(np.nanmean(found.scores[row])), found.weights[name]
+        shapes.append(_text(left - 8, top + 26, name, "end"))
+        for x, (value, kinds) in enumerate(zip(found.scores[row], found.used[row], strict=True)):
+            shapes.append(_cell(left + across * x, top, across, down, (float(value) - low) / ((high - low) or 1.0)))
+            said = "\u2013" if np.isnan(value) else f"{value:.3f}"
+            shapes.append(_text(left + across * (x + 0.5), top + 20, said, "middle"))
+            shapes.append(_text(left + across * (x + 0.5), top + 36, kinds, "middle", 10))
+        last = left + across * len(found.benchmarks)
+        shapes.append(_text(last + across * 0.5, top + 26, f"{mean:.3f}", "middle"))
+        bar = f"<rect x='{last + across}' y='{top + 14}' width='{weight * 200:.1f}' height='16' fill='#36c'/>"
+        shapes += [bar, _text(last + across + 6 + weight * 200, top + 26, f"{weight:.3f}", "start")]
+    size = f"width='{left + across * len(columns) + 200}' height='{40 + down * len(found.datasets)}'"
+    return f"<svg xmlns='http://www.w3.org/2000/svg' {size} font-family='sans-serif'>{''.join(shapes)}</svg>"
+
+
+def _cell(left: float, top: float, width: float, height: float, shade: float) -> str:
+    known = not np.isnan(shade)
+    colour = f"rgb({255 - 200 * shade:.0f},{255 - 110 * shade:.0f},255)" if known else "#eee"
+    return f"<rect x='{left}' y='{top}' width='{width}' height='{height}' fill='{colour}' stroke='#fff'/>"
+
+
+def _text(x: float, y: float, said: str, anchor: str, size: int = 13) -> str:
+    return f"<text x='{x:.0f}' y='{y:.0f}' font-size='{size}' text-anchor='{anchor}'>{html.escape(said)}</text>"
 
 
 def items_row(items: Sequence[Item], said: str) -> str:

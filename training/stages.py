@@ -145,7 +145,7 @@ def balance_recipe(recipe: Recipe, name: str | None, out: Path) -> dict[str, flo
     Args:
         recipe: with validation sets.
         name: of the stage; the first one by default. Its ``balance`` settings count, or the defaults.
-        out: folder of ``balance.json`` and ``balance.html``.
+        out: folder of ``balance.json``, ``.html`` and ``.svg``.
 
     Raises:
         RecipeError: no such stage; no validation set. ValueError: `balancing.balance`.
