@@ -48,7 +48,9 @@ def compare(
             for stage in recipe.stages:
                 column = f"{Path(name).stem}: {stage}" if len(recipe.stages) > 1 else Path(name).stem
                 entry = json.loads((output / stage / "stage.json").read_text(encoding="utf-8"))
-                found.setdefault(column, {})[str(seed)] = entry["evaluation"]
+                kept = entry.get("evaluation")  # of a stage that `sail train` ran there is none
+                kept = kept or evaluator.of_folder(output / stage / "model", output / stage / "retrieval.json")
+                found.setdefault(column, {})[str(seed)] = kept
     return found
 
 

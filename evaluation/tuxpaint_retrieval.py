@@ -103,11 +103,11 @@ def embed(
 ) -> Tensor:
     """(N, D) normalised embeddings from cached tower features."""
     instruction = collate.processor.instruction_for(task, side)
-    parts = [
-        model(**collate.encode_items(items[start : start + size], instruction)).embeddings
-        for start in range(0, len(items), size)
-    ]
-    return F.normalize(torch.cat(parts), dim=-1)
+    parts = []
+    for start in range(0, len(items), size):
+        batch = collate.encode_items(items[start : start + size], instruction)
+        parts.append(model(**{name: value.to(model.device) for name, value in batch.items()}).embeddings)
+    return F.normalize(torch.cat(parts), dim=-1).cpu()
 
 
 def family(queries: list[Item], candidates: list[Item]) -> str:

@@ -78,6 +78,23 @@ def _parser() -> argparse.ArgumentParser:
     balance.add_argument("--stage", help="whose datasets and settings; the first one by default")
     balance.set_defaults(run=_balance)
 
+    sid = commands.add_parser("sid", help="semantic IDs: embeddings as a few discrete codes")
+    steps = sid.add_subparsers(dest="step", required=True, metavar="fit|encode")
+    fit = steps.add_parser("fit", help="fit codebooks on encoded items; they go into the model's folder, with a report")
+    fit.add_argument("embeddings", type=Path, metavar="X.parquet", help="what `sail encode` wrote")
+    fit.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="the model's folder")
+    fit.add_argument("--scheme", default="rq-opq", help="kmeans | rq | rq-opq")
+    fit.add_argument("--sizes", type=int, nargs="+", default=[256, 256], help="entries of each residual level")
+    fit.add_argument("--parts", type=int, default=4, help="product codes of rq-opq")
+    fit.add_argument("--bits", type=int, default=8, help="of each product code")
+    fit.add_argument("--held-out", type=float, default=0.1, help="share of the items that the report is on")
+    fit.add_argument("--seed", type=int, default=0)
+    codes = steps.add_parser("encode", help="codes of encoded items, as Parquet")
+    codes.add_argument("embeddings", type=Path, metavar="X.parquet", help="what `sail encode` wrote")
+    codes.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="with semantic_ids.safetensors")
+    codes.add_argument("--out", type=Path, required=True, metavar="CODES.parquet")
+    sid.set_defaults(run=_sid)
+
     demo = commands.add_parser("demo", help="search Tux Paint by word, picture and speech; one HTML page")
     demo.add_argument("--model", type=Path, required=True)
     demo.add_argument("--out", type=Path, required=True, metavar="PAGE.html|FOLDER")
@@ -151,6 +168,21 @@ def _balance(args: argparse.Namespace) -> None:
     weights = balance_recipe(recipe, args.stage, args.out)
     print("datasets: {" + ", ".join(f"{name}: {weight:.4f}" for name, weight in weights.items()) + "}")
     print(f"Look at {args.out / 'balance.html'}")
+
+
+def _sid(args: argparse.Namespace) -> None:
+    from .training.semantic_ids import encode_file, fit_file
+
+    if args.step == "encode":
+        print(f"{args.out}: {encode_file(args.embeddings, args.model, args.out)} items")
+        return
+    settings = {"scheme": args.scheme, "sizes": args.sizes, "parts": args.parts, "part_bits": args.bits}
+    report = fit_file(args.embeddings, args.model, settings, args.held_out, args.seed)
+    errors = ", ".join(f"{level['reconstruction_error']:.3f}" for level in report["levels"])
+    print(
+        f"{args.model / 'semantic_ids.safetensors'}: {report['items']} held-out items, {report['collision_rate']:.1%} "
+        f"collide, {report['neighbours_kept']:.1%} of the neighbours kept, error after each level {errors}"
+    )
 
 
 def _demo(args: argparse.Namespace) -> None:

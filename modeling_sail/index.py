@@ -22,8 +22,8 @@ class Index:
     vectors: faiss.Index
 
 
-def load_index(path: Path) -> Index:
-    """Read what `sail encode` wrote; rows with status "error" are left out.
+def load_embeddings(path: Path) -> tuple[list[str], np.ndarray]:
+    """Ids and (N, D) float32 vectors of what `sail encode` wrote; rows with status "error" are left out.
 
     Raises:
         ValueError: no file, another schema, or no good row.
@@ -37,7 +37,16 @@ def load_index(path: Path) -> Index:
     rows = [row for row in table.to_pylist() if row["status"] == "ok"]
     if not rows:
         raise ValueError(f"{path} has no item that could be encoded; its column 'reason' says why")
-    return index_of([row["id"] for row in rows], np.asarray([row["embedding"] for row in rows], dtype=np.float32))
+    return [row["id"] for row in rows], np.asarray([row["embedding"] for row in rows], dtype=np.float32)
+
+
+def load_index(path: Path) -> Index:
+    """An index of what `sail encode` wrote.
+
+    Raises:
+        ValueError: as `load_embeddings`.
+    """
+    return index_of(*load_embeddings(path))
 
 
 def index_of(names: list[str], vectors: np.ndarray) -> Index:

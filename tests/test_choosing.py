@@ -173,7 +173,7 @@ def test_mined_negatives_are_in_the_batches_and_never_the_row_itself(recipe_of, 
 def test_rows_of_their_own_negatives_keep_them_and_unknown_teacher_scores_are_nan() -> None:
     dataset = TrainingDataset("d", [{"query": "a", "target": "b"}, {"query": "c"}, {"query": "e", "target": "f"}])
     own = Row("r", "q", "t", "t", ("n",), ("n",), None, (0.9, 0.1))
-    row = with_negatives(own, dataset, [2, 1, -1], random.Random(0))
+    row = with_negatives(own, dataset, [2, 1, -1])
     assert row.negatives == ("n", "f"), "a row that cannot be read is no negative"
     assert row.teacher_scores[:2] == (0.9, 0.1) and np.isnan(row.teacher_scores[2])
 
@@ -189,30 +189,47 @@ def test_a_table_takes_effect_a_fixed_number_of_batches_after_it_was_mined(tmp_p
 
 
 def test_a_stage_that_mines_again_and_is_resumed_ends_with_the_same_parameters(recipe_of, tmp_path) -> None:
-    change = {
-        "stages.base.mine": {"negatives": 1, "every": 4},
-        "stages.base.steps": LAG + 12,
-        "stages.base.save_steps": 6,
-    }
+    """With accumulation and a worker process; three minings after the point where it is resumed, of tables in use."""
+    change = {"stages.base.mine": {"negatives": 1, "every": 4}, "stages.base.steps": 32, "stages.base.save_steps": 4}
+    change |= {"stages.base.accumulation": 2, "stages.base.workers": 1}
     for name in ("whole", "resumed"):
         run_recipe(load_recipe(recipe_of(change, name, ("animals",))))
         if name == "resumed":
             base = tmp_path / name / "base"
-            for path in (base / "checkpoints").glob("checkpoint-*"):
-                if path.name != "checkpoint-42":
-                    shutil.rmtree(path)
+            checkpoints = sorted((base / "checkpoints").glob("checkpoint-*"))
+            shutil.rmtree(checkpoints[-1])  # of the end; the one before it is gone on from
+            assert checkpoints[0].name == "checkpoint-28"
             (base / "stage.json").unlink()
             shutil.rmtree(base / "model")
-            shutil.rmtree(base / "negatives" / "000000004")  # mined before, but no batch to come needs it
+            shutil.rmtree(base / "negatives" / "000000008")  # mined before, but no batch to come needs it
             run_recipe(load_recipe(recipe_of(change, name, ("animals",))))
     one, other = (load_file(tmp_path / name / "base" / "model" / "model.safetensors") for name in ("whole", "resumed"))
     assert all(torch.equal(one[name], other[name]) for name in one)
-    mined = sorted(path.name for path in (tmp_path / "whole" / "base" / "negatives").iterdir())
-    assert mined == [f"{batch:09d}" for batch in range(0, LAG + 12, 4)]
-    first, last = (
-        np.load(tmp_path / "whole" / "base" / "negatives" / name / "animals.npy") for name in (mined[0], mined[-1])
-    )
-    assert not np.array_equal(first, last), "the model has moved, and so have its negatives"
+    folder = tmp_path / "whole" / "base" / "negatives"
+    mined = sorted(path.name for path in folder.iterdir())
+    assert mined == [f"{batch:09d}" for batch in range(0, 64, 8)], "batches, not steps"
+    first, used = (np.load(folder / f"{batch:09d}" / "animals.npy") for batch in (0, (63 - LAG) // 8 * 8))
+    assert not np.array_equal(first, used), "the model has moved, and so have its negatives"
+
+
+def test_a_batch_sees_the_table_that_was_mined_for_it(tmp_path, tiny) -> None:
+    tables = NegativeTables(tmp_path, frozenset({"d"}), every=8)
+    for batch in range(0, 64, 8):
+        choosing._save(tables.path("d", batch), np.full((40, 1), batch // 8))
+    dataset = TrainingDataset("d", [{"query": f"q{n}", "target": {"title": f"t{n}", "id": f"t{n}"}} for n in range(40)])
+    batches = SpecializedBatches([dataset], lambda draw: draw, 2, negatives=tables)
+    seen = {step: batches.draw(step).rows[0].negative_ids for step in (0, LAG, LAG + 7, LAG + 8, LAG + 20)}
+    assert seen == {0: ("t0",), LAG: ("t0",), LAG + 7: ("t0",), LAG + 8: ("t1",), LAG + 20: ("t2",)}
+
+
+def test_a_drawn_target_is_the_negative_that_was_scored(tmp_path) -> None:
+    def drawn(n):
+        return lambda generator: {"query": f"q{n}", "target": f"target {n} {generator.random():.6f}"}
+
+    dataset = TrainingDataset("d", [drawn(n) for n in range(4)])
+    scored = dataset.read_as_surveyed(2).target
+    row = with_negatives(dataset.read(0, random.Random("elsewhere")), dataset, [2, 3])
+    assert row.negatives[0] == scored and row.negatives[1] == dataset.read_as_surveyed(3).target
 
 
 def test_two_ranks_choose_and_train_as_one(recipe_of, tmp_path) -> None:
@@ -223,19 +240,39 @@ def test_two_ranks_choose_and_train_as_one(recipe_of, tmp_path) -> None:
         "stages.base.losses": {"nce": 1.0},
     }
     run_recipe(load_recipe(recipe_of(change, "one")))
-    command = ["torchrun", "--standalone", "--nproc_per_node", "2", "-m", "modeling_sail.training"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = [sys.executable, "-m", "torch.distributed.run", *command[1:], str(recipe_of(change, "two"))]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = [*command, "-m", "modeling_sail.training", str(recipe_of(change, "two"))]
     done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     one, other = (tmp_path / name / "base" for name in ("one", "two"))
-    for path in ("selected/animals.npy", "negatives/000000000/noise.npy"):
+    places = ["selected/animals.npy", "negatives/000000000/noise.npy"]
+    for path in [*places, "negatives/000000002/animals.npy"]:  # the last one mined by the model as it trains
         assert np.array_equal(np.load(one / path), np.load(other / path)), path
     first, second = (json.loads((base / "balance.json").read_text())["weights"] for base in (one, other))
     assert first == pytest.approx(second, abs=1e-6)
     ours, theirs = (load_file(base / "model" / "model.safetensors") for base in (one, other))
     for name, tensor in ours.items():
         torch.testing.assert_close(theirs[name], tensor, atol=2e-4, rtol=0, msg=name)
+
+
+def test_weights_of_other_settings_or_datasets_are_made_anew(recipe_of, tmp_path, capsys) -> None:
+    out, found = str(tmp_path / "weights"), []
+    for change, names in (({}, ("animals", "noise")), ({}, ("animals", "noise", "twin")), ({"seed": 3}, ("noise",))):
+        assert main(["balance", str(recipe_of(change, names=names)), "--out", out]) == 0
+        found.append(yaml.safe_load(capsys.readouterr().out.splitlines()[0])["datasets"])
+    assert [sorted(weights) for weights in found] == [["animals", "noise"], ["animals", "noise", "twin"], ["noise"]]
+    change = {"stages.base.balance": {"temperature": 0.001}}
+    assert main(["balance", str(recipe_of(change, names=("animals", "noise"))), "--out", out]) == 0
+    assert "animals: 1.0" in capsys.readouterr().out
+
+
+def test_what_another_model_left_of_a_mining_is_thrown_away(recipe_of, tmp_path) -> None:
+    left = tmp_path / "recipe" / "base" / "negatives" / "000000000" / "survey-animals"
+    left.mkdir(parents=True)
+    (left / "job.json").write_text(json.dumps({"model": "another"}))
+    run_recipe(load_recipe(recipe_of({"stages.base.mine": {"negatives": 1}}, names=("animals",))))
+    assert not left.exists() and left.with_name("animals.npy").is_file()
 
 
 def test_a_dataset_without_negatives_goes_without_and_says_why(recipe_of, tmp_path, data, caplog) -> None:
@@ -276,6 +313,13 @@ def test_a_dataset_without_negatives_goes_without_and_says_why(recipe_of, tmp_pa
 def test_a_bad_choice_names_its_key(recipe_of, change, message) -> None:
     with pytest.raises(RecipeError, match=message):
         load_recipe(recipe_of(change))
+
+
+def test_a_streamed_validation_set_does_for_balance_and_does_not_matter_to_mine(recipe_of) -> None:
+    for choice in ("balance", "mine"):
+        assert load_recipe(recipe_of({f"stages.base.{choice}": {}, "validation.near.streamed": True}))
+    with pytest.raises(RecipeError, match="there is no validation.far; there are near"):
+        load_recipe(recipe_of({}), ["validation.far.path=x.jsonl"])
 
 
 def test_what_is_chosen_and_from_what_is_part_of_a_stages_fingerprint(recipe_of) -> None:

@@ -8,6 +8,7 @@ import re
 import pyarrow.parquet as pq
 import pytest
 import torch
+from modeling_sail.training import mine_job
 from modeling_sail.training import survey as survey_module
 from modeling_sail.training.collate import Collator
 from modeling_sail.training.data.sources import open_dataset
@@ -130,6 +131,12 @@ def test_a_killed_run_goes_on_with_the_part_that_it_died_in(job, monkeypatch) ->
     monkeypatch.setattr(survey_module, "_fill", dies)
     with pytest.raises(Killed):
         mine_dataset(model, collate, dataset, out)
+    write = mine_job._write_rows
+    monkeypatch.setattr(mine_job, "_write_rows", None)  # and is killed again when all is mined
+    with pytest.raises(TypeError):
+        mine_dataset(model, collate, dataset, out)
+    assert (out / "work" / "mine.safetensors").is_file()
+    monkeypatch.setattr(mine_job, "_write_rows", write)
     report = mine_dataset(model, collate, dataset, out)
     assert filled == [range(0, 5), range(5, 10), range(10, 15), range(10, 15), range(15, 20), range(20, 24)]
     monkeypatch.setattr(survey_module, "_fill", fill)
@@ -153,6 +160,32 @@ def test_parts_of_another_model_or_dataset_are_refused(job, rows) -> None:
     finally:
         with torch.no_grad():
             model.perceiver.latents.copy_(before)
+
+
+def test_arrays_that_were_cut_short_are_refused(job) -> None:
+    model, collate, dataset, out = job
+    survey(model, collate, dataset, out)
+    whole = (out / "queries.npy").read_bytes()
+    (out / "queries.npy").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="queries.npy is broken .*; remove"):
+        survey(model, collate, dataset, out)
+    (out / "queries.npy").write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+    with pytest.raises(ValueError, match="is broken: embeddings that are done have no length of 1"):
+        survey(model, collate, dataset, out)
+
+
+def test_rows_with_a_teachers_scores_can_be_read_again(job, rows) -> None:
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    for line in lines:
+        line |= {"negatives": [{"title": "something else"}], "teacher_scores": [0.9, 0.2]}
+    rows.write_text("\n".join(json.dumps(line) for line in lines))
+    model, collate, _, out = job
+    mine_dataset(model, collate, opened(rows), out, num_negatives=2)
+    again = opened(out / "rows.parquet")
+    for place in range(24):
+        row = again.read(place, None)
+        assert row.teacher_scores[:2] == (0.9, 0.2) and len(row.teacher_scores) == 1 + len(row.negatives) > 2
+        assert all(score != score for score in row.teacher_scores[2:]), "a mined negative has no teacher's score"
 
 
 def test_media_that_have_no_path_cannot_be_written(job) -> None:
@@ -194,7 +227,7 @@ def test_a_dataset_that_says_nothing_is_one_line(tiny_folder, tmp_path, capsys, 
         ({"--model": "nowhere"}, "There is no model in nowhere; `sail build"),
         ({"--task": "i3i"}, "i3i"),
         ({"--negatives": "0"}, "num_negatives=0 must be at least 1"),
-        ({"--memory": "0"}, "memory_bytes=0 does not hold one row of scores"),
+        ({"--memory": "0"}, "memory_bytes=0 holds no score"),
     ],
 )
 def test_a_bad_argument_is_one_line(tiny_folder, rows, tmp_path, capsys, change, message) -> None:

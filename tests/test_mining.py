@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from modeling_sail.training import mining
-from modeling_sail.training.mining import best_threshold, mine
+from modeling_sail.training.mining import NothingToMine, best_threshold, mine
 
 
 def brute(queries, targets, query_ids, target_ids, count):
@@ -24,7 +28,7 @@ def brute(queries, targets, query_ids, target_ids, count):
     for threshold in np.unique(np.concatenate([positives, negatives])):
         true, false = (positives >= threshold).sum(), (negatives >= threshold).sum()
         best = max(best, (2 * true / (true + false + size), threshold)) if true else best
-    hard = []
+    hard, false = [], []
     for row in range(size):
         order = sorted(
             (j for j in range(size) if not out[row, j] and scores[row, j] < best[1]), key=lambda j: -scores[row, j]
@@ -35,12 +39,13 @@ def brute(queries, targets, query_ids, target_ids, count):
                 seen.add(target_ids[j])
                 kept.append(scores[row, j])
         hard.append(kept[:count])
-    return best, hard, negatives
+        false.append(int((scores[row][~out[row]] >= best[1]).sum()))
+    return best, hard, negatives, false
 
 
 @st.composite
 def pairs(draw):
-    size = draw(st.integers(2, 12))
+    size = draw(st.integers(2, 30))
     seed = draw(st.integers(0, 10_000))
     generator = torch.Generator().manual_seed(seed)
     levels = draw(st.sampled_from([0, 2, 3]))
@@ -54,26 +59,67 @@ def pairs(draw):
     return queries, targets, [f"q{n}" for n in numbers[0].tolist()], [f"t{n}" for n in numbers[1].tolist()]
 
 
-@settings(deadline=None, max_examples=200)
-@given(pairs(), st.integers(1, 4), st.sampled_from([0, 40, 1 << 20]))
-def test_threshold_and_negatives_equal_brute_force(made, count, spare) -> None:
-    """With little memory hardly a negative is kept: then they are counted in a second pass."""
+LIMITS = st.fixed_dictionaries(
+    {
+        "TILE": st.sampled_from([(1024, 16_384), (5, 7), (64, 3)]),  # one tile, several, more than one a row
+        "SPARE": st.sampled_from([0, 2, 24]),  # with few, most rows are looked at again
+        "KEPT_A_PAIR": st.sampled_from([1, 16]),  # with few, negatives are counted in a second pass
+        "MASKED_AT_ONCE": st.sampled_from([1, 10, 1 << 20]),
+    }
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(pairs(), st.integers(1, 4), LIMITS)
+def test_threshold_and_negatives_equal_brute_force(made, count, limits) -> None:
     queries, targets, query_ids, target_ids = made
-    expected, hard, negatives = brute(*made, count)
+    expected, hard, negatives, false = brute(*made, count)
     options = {"query_ids": query_ids, "target_ids": target_ids, "num_negatives": count}
-    if not len(negatives):
-        with pytest.raises(ValueError, match="no negative"):
-            mine(queries, targets, **options)
-        return
-    found = mine(queries, targets, **options, memory_bytes=16 * len(queries) + spare)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in limits.items():
+            patch.setattr(mining, name, value)
+        if not len(negatives):
+            with pytest.raises(NothingToMine, match="no negative"):
+                mine(queries, targets, **options)
+            return
+        found = mine(queries, targets, **options)
     assert found.threshold.f1 == pytest.approx(expected[0], abs=1e-12)
     assert found.threshold.value == pytest.approx(float(expected[1]), abs=1e-5)
+    assert found.false_negatives.tolist() == false
+    assert (found.highest_false >= 0).tolist() == [number > 0 for number in false]
     for row, kept_scores in enumerate(hard):
         scores = found.scores[row][~found.scores[row].isnan()]
         assert scores.tolist() == pytest.approx(kept_scores, abs=1e-5)
         places = found.negatives[row][found.negatives[row] >= 0].tolist()
-        assert len({target_ids[place] for place in places}) == len(places)
-    assert bool(found.degenerate) == (not any(hard))
+        assert len({target_ids[place] for place in places}) == len(places) == len(scores)
+        assert scores.tolist() == pytest.approx((queries[row] @ targets[places].T).tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize(("size", "noise", "names"), [(3000, 1.0, 3000), (2500, 20.0, 2500), (2000, 0.5, 20)])
+def test_many_pairs_equal_brute_force_where_the_model_is_good_where_it_is_weak_and_with_few_names(
+    size, noise, names, monkeypatch
+) -> None:
+    monkeypatch.setattr(mining, "TILE", (256, 1000))
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.nn.functional.normalize(torch.randn(names, 16, generator=generator), dim=1)
+    which = torch.arange(size) % names
+    queries = targets[which] + noise * torch.randn(size, 16, generator=generator) / 4
+    queries = torch.nn.functional.normalize(queries, dim=1)
+    ids = {"query_ids": np.arange(size), "target_ids": which.numpy()}
+    found = mine(queries, targets[which], **ids, num_negatives=5)
+    scores = (queries @ targets.T)[:, which].numpy()
+    out = (which[:, None] == which[None]).numpy()
+    positives, negatives = scores.diagonal(), np.sort(scores[~out])
+    rising = np.sort(positives)
+    true = size - np.searchsorted(rising, rising)
+    f1 = 2 * true / (true + len(negatives) - np.searchsorted(negatives, rising) + size)
+    assert found.threshold.f1 == pytest.approx(f1.max(), rel=1e-6)
+    assert (np.abs(rising[f1 >= f1.max() * (1 - 1e-6)] - found.threshold.value) < 1e-5).any()
+    of_names = (queries @ targets.T).masked_fill(torch.arange(names)[None] == which[:, None], -torch.inf)
+    of_names = of_names.masked_fill(of_names >= found.threshold.value, -torch.inf)
+    expected = of_names.topk(5, dim=1).values
+    expected = expected.masked_fill(~expected.isfinite(), torch.nan)
+    torch.testing.assert_close(found.scores, expected, atol=1e-5, rtol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("level", [1.0, 0.5])
@@ -104,27 +150,63 @@ def test_a_killed_pass_goes_on_from_its_state_to_the_same_result(tmp_path, monke
     generator = torch.Generator().manual_seed(1)
     queries = torch.randn(200, 8, generator=generator)
     targets = queries + torch.randn(200, 8, generator=generator)
-    given = {"query_ids": range(200), "target_ids": range(200), "memory_bytes": 40_000, "state": tmp_path / "state"}
+    given = {"query_ids": range(200), "target_ids": range(200), "state": tmp_path / "state"}
+    monkeypatch.setattr(mining, "TILE", (16, 64))
     whole = mine(queries, targets, **given | {"state": None})
     monkeypatch.setattr(mining, "SECONDS_BETWEEN_SAVES", -1.0)
-    block, asked = mining._Blocks.block, []
+    search, asked = mining._search_band, []
 
-    def dies(self, begin):
-        asked.append(begin)
+    def dies(blocks, rows, *rest):
+        asked.append(rows)
         if len(asked) == 9:
             raise Killed
-        return block(self, begin)
+        search(blocks, rows, *rest)
 
-    monkeypatch.setattr(mining._Blocks, "block", dies)
+    monkeypatch.setattr(mining, "_search_band", dies)
     with pytest.raises(Killed):
         mine(queries, targets, **given)
-    with pytest.raises(ValueError, match="state of another run"):
+    with pytest.raises(ValueError, match="state of another run .its count differ"):
         mine(queries, targets, **given | {"num_negatives": 3})
+    with pytest.raises(ValueError, match="state of another run .its data differ"):
+        mine(targets, queries, **given)
     found = mine(queries, targets, **given)
-    assert asked[9] == asked[8], "it goes on with the block that it died in"
+    assert asked[9] == asked[8], "it goes on with the band that it died in"
     assert torch.equal(found.negatives, whole.negatives) and found.threshold.value == whole.threshold.value
     assert np.array_equal(found.threshold.curve, whole.threshold.curve)
-    assert not given["state"].exists()
+    again = mine(queries, targets, **given)
+    assert len(asked) == 200 // 16 + 1 + 1, "a pass that is done is not gone through again"
+    assert torch.equal(again.negatives, whole.negatives)
+    given["state"].write_bytes(b"broken")
+    with pytest.raises(ValueError, match="cannot be read as the state of a mining"):
+        mine(queries, targets, **given)
+
+
+def test_embeddings_that_differ_by_noise_alone_are_told_apart_by_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    one = torch.nn.functional.normalize(torch.randn(1, 16, generator=generator), dim=1).expand(300, -1)
+    sides = [one + 1e-8 * torch.randn(300, 16, generator=generator) for _ in range(2)]
+    found = mine(*sides, query_ids=range(300), target_ids=range(300))
+    assert "does not tell these items apart" in found.degenerate
+
+
+def test_memory_beside_the_result_stays_within_what_is_given() -> None:
+    """In a process of its own: the peak of memory above what was there before."""
+    code = (
+        "import torch, numpy as np\n"
+        "from modeling_sail.evaluation.benchmarks.child import measured\n"
+        "from modeling_sail.training.mining import mine\n"
+        "torch.manual_seed(0)\n"
+        "q = torch.nn.functional.normalize(torch.randn(20000, 16), dim=1)\n"
+        "t = torch.nn.functional.normalize(q + torch.randn(20000, 16) / 8, dim=1)\n"
+        "ids = np.arange(20000)\n"
+        "mine(q[:100], t[:100], query_ids=ids[:100], target_ids=ids[:100])\n"
+        "go = lambda: mine(q, t, query_ids=ids, target_ids=ids, num_negatives=4, memory_bytes=64 << 20)\n"
+        "print(measured(go, 1)['extra_bytes'])\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "262144"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout.split()[-1]) < (64 << 20) + 12 * 28 * 20_000 * 4, done.stdout
 
 
 @settings(deadline=None, max_examples=100)
@@ -153,7 +235,7 @@ def test_some_negatives_tell_the_threshold_only_where_it_is_certain(positives, n
         ({"queries": torch.full((2, 2), float("nan"))}, "queries hold NaN"),
         ({"num_negatives": 0}, "num_negatives=0"),
         ({"target_ids": "xx"}, "There is no negative"),
-        ({"memory_bytes": 3}, "memory_bytes=3 does not hold one row"),
+        ({"memory_bytes": 3}, "memory_bytes=3 holds no score"),
     ],
 )
 def test_what_cannot_be_mined_is_told(change, message) -> None:

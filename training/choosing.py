@@ -11,6 +11,7 @@ function of its number alone, whatever was prefetched by whom.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -28,12 +29,12 @@ from ..modeling_sail import SailEmbeddingModel
 from .balancing import Balance, balance, cluster
 from .collate import Collator
 from .distributed import rank, wait, world_size
-from .files import write_json, write_text
-from .mining import mine, summary
+from .files import whole, write_json, write_text
+from .mining import Mined, NothingToMine, mine, summary
 from .pages import balance_page, heat_map
 from .recipe import LAG, BalanceSpec, MineSpec, SelectSpec, StageSpec
 from .rows import TrainingDataset
-from .survey import Survey, sample_embeddings, survey
+from .survey import Survey, content_hash, model_hash, sample_embeddings, survey
 
 logger = logging.getLogger(__name__)
 
@@ -112,15 +113,17 @@ def balanced(
         datasets: the training sets.
         validation: benchmarks like the downstream tests.
         spec: settings.
-        folder: gets ``balance.json``, ``.html`` and ``.svg``; what is there already is read.
+        folder: gets ``balance.json``, ``.html`` and ``.svg``; what the same job left there is read.
         seed: of the samples and of k-means.
 
     Raises:
         ValueError: `balancing.balance`; a dataset none of whose items can be embedded.
     """
     kept = folder / "balance.json"
-    if not kept.is_file():
-        _balance(model, collate, datasets, validation, spec, folder, seed)
+    job = _balance_job(model, datasets, validation, spec, seed)
+    known = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    if known.get("job") != job:
+        _balance(model, collate, datasets, validation, spec, folder, job, seed)
     wait()
     weights: dict[str, float] = json.loads(kept.read_text(encoding="utf-8"))["weights"]
     return weights
@@ -133,10 +136,11 @@ def _balance(
     validation: Datasets,
     spec: BalanceSpec,
     folder: Path,
+    job: str,
     seed: int,
 ) -> None:
     """Each rank embeds some of the sets; the first one weighs them."""
-    parts = folder / "balance-parts"
+    parts = folder / f"balance-parts-{job[:12]}"
     parts.mkdir(parents=True, exist_ok=True)
     sides = [("training", name, one) for name, one in datasets.items()]
     sides += [("validation", name, one) for name, one in validation.items()]
@@ -144,9 +148,8 @@ def _balance(
         path = parts / f"{place}.npz"
         if not path.exists():
             found = sample_embeddings(model, collate, dataset, spec.samples, seed)
-            partial = path.with_suffix(".partial.npz")
-            np.savez(partial, **found)
-            partial.replace(path)
+            with whole(path) as partial, partial.open("wb") as file:
+                np.savez(file, **found)
     wait()
     if rank() > 0:
         return
@@ -165,8 +168,19 @@ def _balance(
     counts = {name: {kind: len(part) for kind, part in kinds.items()} for name, kinds in known["training"].items()}
     write_text(folder / "balance.html", balance_page(found))
     write_text(folder / "balance.svg", heat_map(found))
-    write_json(folder / "balance.json", _balance_report(found, spec, counts))
-    shutil.rmtree(parts)
+    write_json(folder / "balance.json", {**_balance_report(found, spec, counts), "job": job})
+    for path in folder.glob("balance-parts-*"):
+        shutil.rmtree(path)
+
+
+def _balance_job(
+    model: SailEmbeddingModel, datasets: Datasets, validation: Datasets, spec: BalanceSpec, seed: int
+) -> str:
+    """A hash of all that decides the weights: those of another job are made anew."""
+    said: list[Any] = [model_hash(model), vars(spec), seed]
+    for side in (datasets, validation):
+        said.append([[name, "stream" if one.streamed else content_hash(one)] for name, one in side.items()])
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def _balance_report(found: Balance, spec: BalanceSpec, counts: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
@@ -215,10 +229,10 @@ def selected(
     for name, dataset in datasets.items():
         kept = place / f"{name}.npy"
         if not kept.is_file():
-            ours = survey(model, collate, dataset, place / f"survey-{name}")
+            ours = survey(model, collate, dataset, place / f"survey-{name}", disposable=True)
             wanted = _surveyed_alike(model, collate, dataset, validation, place)
-            if rank() == 0:
-                places, said = _select(ours, wanted, spec, seed)
+            if ours is not None:
+                places, said = _select(ours, [one for one in wanted if one is not None], spec, model.device, seed)
                 _report(place / "report.json", name, said)
                 _save(kept, places)
             wait()
@@ -231,29 +245,29 @@ def selected(
 
 def _surveyed_alike(
     model: SailEmbeddingModel, collate: Collator, dataset: TrainingDataset, validation: Datasets, place: Path
-) -> list[Survey]:
+) -> list[Survey | None]:
     """The validation sets' pairs with the instructions of a dataset; what is on disk already is read."""
     alike = [replace(one, tasks=dataset.tasks[:1], sides=dataset.sides) for one in validation.values()]
     said = f"{dataset.tasks[0]}-{dataset.sides[0]}"
-    return [survey(model, collate, one, place / f"survey-of-{one.name}-{said}") for one in alike]
+    return [survey(model, collate, one, place / f"survey-of-{one.name}-{said}", disposable=True) for one in alike]
 
 
-def _select(ours: Survey, wanted: Sequence[Survey], spec: SelectSpec, seed: int) -> tuple[np.ndarray, dict[str, Any]]:
+def _select(
+    ours: Survey, wanted: Sequence[Survey], spec: SelectSpec, device: torch.device, seed: int
+) -> tuple[np.ndarray, dict[str, Any]]:
     """Rows of the dataset, rising, and what the report says of them."""
-    own = (ours.queries * ours.targets).sum(dim=1).numpy()
-    threshold = -np.inf
+    clean, threshold = np.ones(len(ours.places), dtype=bool), None
     if spec.clean:
-        threshold = _threshold(ours)
+        clean, threshold = _clean(ours, device)
     near = np.max([_nearness(ours, other, spec.clusters, seed) for other in wanted], axis=0)
     ids = np.stack([ours.query_ids, ours.target_ids], axis=1)
     once = np.unique(ids, axis=0, return_index=True)[1]
-    clean = own >= threshold
     order = once[np.lexsort((-near[once], ~clean[once]))]
     kept = np.sort(order[: max(1, round(spec.share * len(order)))])
     report = {
-        "rows": len(own),
-        "said_twice": len(own) - len(once),
-        "lambda": float(threshold) if spec.clean else None,
+        "rows": len(clean),
+        "said_twice": len(clean) - len(once),
+        "lambda": threshold,
         "clean": int(clean[once].sum()) if spec.clean else None,
         "kept": len(kept),
         "kept_clean": int(clean[kept].sum()) if spec.clean else None,
@@ -262,14 +276,19 @@ def _select(ours: Survey, wanted: Sequence[Survey], spec: SelectSpec, seed: int)
     return ours.places[kept], report
 
 
-def _threshold(ours: Survey) -> float:
-    """lambda* of a dataset; where there is none, every pair is as good as another."""
+def _clean(ours: Survey, device: torch.device) -> tuple[np.ndarray, float | None]:
+    """(N,) whether a pair scores at or above lambda*, and lambda*; where there is none, every pair is as good."""
     try:
-        found = mine(ours.queries, ours.targets, query_ids=ours.query_ids, target_ids=ours.target_ids, num_negatives=1)
-    except ValueError as error:
-        logger.warning("No pair is called clean: %s", error)
-        return -np.inf
-    return found.threshold.value
+        found = _mined(ours, 1, device)
+    except NothingToMine as error:
+        logger.warning("Every pair is called clean: %s", error)
+        return np.ones(len(ours.places), dtype=bool), None
+    return found.positives.numpy() >= found.threshold.value, found.threshold.value
+
+
+def _mined(ours: Survey, negatives: int, device: torch.device) -> Mined:
+    ids = {"query_ids": ours.query_ids, "target_ids": ours.target_ids}
+    return mine(ours.queries, ours.targets, **ids, num_negatives=negatives, device=device)
 
 
 def _nearness(ours: Survey, other: Survey, clusters: int, seed: int) -> np.ndarray:
@@ -353,9 +372,9 @@ def mine_tables(
         if path.is_file():
             continue
         place = path.with_name(f"survey-{name}")
-        found = survey(model, collate, datasets[name], place)
-        if rank() == 0:
-            table, said = _table(found, len(datasets[name].source), spec)
+        found = survey(model, collate, datasets[name], place, disposable=True)
+        if found is not None:
+            table, said = _table(found, len(datasets[name].source), spec, model.device)
             if "note" in said:
                 logger.warning("Dataset %r goes without mined negatives: %s", name, said["note"])
             _report(path.with_name("report.json"), name, said)
@@ -364,22 +383,18 @@ def mine_tables(
         wait()
 
 
-def _table(ours: Survey, size: int, spec: MineSpec) -> tuple[np.ndarray, dict[str, Any]]:
+def _table(ours: Survey, size: int, spec: MineSpec, device: torch.device) -> tuple[np.ndarray, dict[str, Any]]:
     """(size, k) rows of the dataset, and what the report says."""
     table = np.full((size, spec.negatives), -1, dtype=np.int64)
     try:
-        found = mine(
-            ours.queries,
-            ours.targets,
-            query_ids=ours.query_ids,
-            target_ids=ours.target_ids,
-            num_negatives=spec.negatives,
-        )
-    except ValueError as error:
+        found = _mined(ours, spec.negatives, device)
+    except NothingToMine as error:
         return table, {"note": str(error)}
+    if found.degenerate:
+        return table, summary(found) | {"note": found.degenerate}
     places = found.negatives.numpy()
     table[ours.places] = np.where(places >= 0, ours.places[places], -1)
-    return table, summary(found) | ({"note": found.degenerate} if found.degenerate else {})
+    return table, summary(found)
 
 
 class Remining(TrainerCallback):
@@ -404,7 +419,5 @@ def _report(path: Path, name: str, said: dict[str, Any]) -> None:
 
 
 def _save(path: Path, values: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial.npy")
-    np.save(partial, values)
-    partial.replace(path)
+    with whole(path) as partial, partial.open("wb") as file:
+        np.save(file, values)

@@ -100,10 +100,10 @@ def tower_features(
             return [], statuses
         batch = processor.collate(loaded)
         if field == "image":
-            features, owner = model.vision_features(batch["pixel_values"]), batch["image_owner"]
+            features, owner = model.vision_features(batch["pixel_values"].to(model.device)), batch["image_owner"]
         else:
-            features, owner = model.audio_features(batch["input_features"]), batch["audio_owner"]
-        return list(features.split(torch.bincount(owner).tolist())), statuses
+            features, owner = model.audio_features(batch["input_features"].to(model.device)), batch["audio_owner"]
+        return list(features.cpu().split(torch.bincount(owner).tolist())), statuses
 
     return compute
 

@@ -11,7 +11,7 @@ goes on where it was; rows are read by place and written some at a time, never h
 from __future__ import annotations
 
 import json
-import random
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,11 +29,11 @@ from .build import load_built
 from .collate import Collator
 from .data.sources import open_dataset
 from .feature_cache import cache_media
-from .files import write_json, write_text
+from .files import whole, write_json, write_text
 from .mining import MEMORY_BYTES, Mined, mine, summary
 from .pages import curve_plot, items_row, page, table, thinned
 from .recipe import DatasetSpec
-from .rows import Item, Row, TrainingDataset, with_negatives
+from .rows import Item, TrainingDataset, with_negatives
 from .survey import Survey, survey
 
 ROW_GROUP = 512  # rows held while they are written
@@ -80,6 +80,7 @@ def mine_dataset(
     """
     work = out / "work"
     ours = survey(model, collate, dataset, work / "embeddings")
+    assert ours is not None, "`sail mine` has one rank"
     found = mine(
         ours.queries,
         ours.targets,
@@ -87,6 +88,7 @@ def mine_dataset(
         target_ids=ours.target_ids,
         num_negatives=num_negatives,
         memory_bytes=memory_bytes,
+        device=model.device,
         progress=True,
         state=work / "mine.safetensors",
     )
@@ -118,23 +120,17 @@ def run_mine(
         raise FileNotFoundError(f"There is no model in {model}; `sail build --preset mini --out DIR` makes one.")
     dataset = open_dataset(rows, DatasetSpec(path=rows, tasks=[task]))
     loaded, processor = load_built(model)
-    images, sounds = cache_media(loaded, processor, [dataset], feature_cache) if feature_cache else (None, None)
     loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+    images, sounds = cache_media(loaded, processor, [dataset], feature_cache) if feature_cache else (None, None)
     collate = Collator(processor, images, sounds)
     return mine_dataset(loaded, collate, dataset, out, num_negatives=num_negatives, memory_bytes=memory_bytes)
-
-
-def _read(dataset: TrainingDataset, place: int) -> Row:
-    """The row as it was when it was embedded."""
-    return dataset.read(place, random.Random(place))
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
 def _write_rows(dataset: TrainingDataset, ours: Survey, found: Mined, path: Path) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with pq.ParquetWriter(partial, SCHEMA, compression="zstd") as writer:
+    with whole(path) as partial, pq.ParquetWriter(partial, SCHEMA, compression="zstd") as writer:
         group: list[dict[str, Any]] = []
         for record in tqdm(_records(dataset, ours, found), "write", total=len(ours.places), unit="row"):
             group.append(record)
@@ -142,15 +138,14 @@ def _write_rows(dataset: TrainingDataset, ours: Survey, found: Mined, path: Path
                 writer.write_table(pa.Table.from_pylist(group, SCHEMA))
                 group = []
         writer.write_table(pa.Table.from_pylist(group, SCHEMA))
-    partial.replace(path)
 
 
 def _records(dataset: TrainingDataset, ours: Survey, found: Mined) -> Iterator[dict[str, Any]]:
     for number, place in enumerate(ours.places.tolist()):
         negatives = found.negatives[number]
         places = ours.places[negatives[negatives >= 0].numpy()]
-        generator = random.Random(place)
-        row = with_negatives(dataset.read(place, generator), dataset, places.tolist(), generator)
+        row = with_negatives(dataset.read_as_surveyed(place), dataset, places.tolist())
+        teacher = row.teacher_scores or ()
         yield {
             "id": row.id,
             "query": _as_text(row.query, row.id),
@@ -160,7 +155,7 @@ def _records(dataset: TrainingDataset, ours: Survey, found: Mined) -> Iterator[d
                 _as_text(item, row.id, name) for item, name in zip(row.negatives, row.negative_ids, strict=True)
             ],
             "score": row.score,
-            "teacher_scores": row.teacher_scores,
+            "teacher_scores": [None if math.isnan(score) else score for score in teacher] or None,
             "mined": {
                 "positive_score": float(found.positives[number]),
                 "scores": found.scores[number][: len(places)].tolist(),
@@ -240,7 +235,7 @@ def _spread(found: Mined) -> list[int]:
 
 def _dropped(dataset: TrainingDataset, ours: Survey, found: Mined, number: int) -> str:
     other = int(found.highest_false[number])
-    row, wrong = (_read(dataset, int(ours.places[place])) for place in (number, other))
+    row, wrong = (dataset.read_as_surveyed(int(ours.places[place])) for place in (number, other))
     score = float(ours.queries[number] @ ours.targets[other])
     said = (
         f"target {float(found.positives[number]):.3f}, dropped {score:.3f}; {int(found.false_negatives[number])} in all"

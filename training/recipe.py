@@ -292,7 +292,7 @@ def _set(content: dict[str, Any], override: str) -> None:
     for number, name in enumerate(path):
         if not isinstance(place, dict):
             raise RecipeError(f"{key}: {'.'.join(path[:number])} is no mapping.")
-        if name not in place and number and path[number - 1] in ("stages", "datasets"):
+        if name not in place and number and path[number - 1] in ("stages", "datasets", "validation"):
             raise RecipeError(f"{key}: there is no {'.'.join(path[: number + 1])}; there are {', '.join(place)}.")
         if place.get(name) is None:
             place[name] = {}
@@ -463,6 +463,8 @@ def _check_choices(recipe: Recipe, stage: StageSpec, key: str) -> None:
         _need(0 < stage.select.share <= 1, f"{key}.select.share", stage.select.share, "above 0 and at most 1")
         _need(stage.select.clusters >= 1, f"{key}.select.clusters", stage.select.clusters, "an integer >= 1")
         _refuse_streams(recipe, drawn, f"{key}.select")
+        for name, spec in recipe.validation.items():
+            _need(not spec.streamed, f"validation.{name}.streamed", True, f"false, as {key}.select reads every row")
     if stage.mine is not None:
         every, known = stage.mine.every, stage.mine.datasets
         _need(stage.mine.negatives >= 1, f"{key}.mine.negatives", stage.mine.negatives, "an integer >= 1")
@@ -477,8 +479,6 @@ def _check_choices(recipe: Recipe, stage: StageSpec, key: str) -> None:
 def _refuse_streams(recipe: Recipe, names: list[str], key: str) -> None:
     for name in names:
         _need(not recipe.datasets[name].streamed, f"datasets.{name}.streamed", True, f"false, as {key} reads every row")
-    for name, spec in recipe.validation.items():
-        _need(not spec.streamed, f"validation.{name}.streamed", True, f"false, as {key} reads every row")
 
 
 def _check_expression(pattern: str) -> None:

@@ -51,8 +51,8 @@ class Row:
         negatives: mined hard negatives of this query.
         negative_ids: their ids, in the same order.
         score: graded similarity of query and target, for CoSENT; None where there is none.
-        teacher_scores: a teacher's scores of [target, *negatives], for preference distillation; None where there are
-            none.
+        teacher_scores: a teacher's scores of [target, *negatives], for preference distillation, NaN for a negative that
+            has none; None where there are none at all.
     """
 
     id: str
@@ -170,11 +170,13 @@ def _scores(values: Any, count: int, name: str) -> tuple[float, ...] | None:
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise RowError(name, f"teacher_scores must be a list of numbers, got {values!r:.60}")
     scores = [_number(value, "teacher_scores", name) for value in values]
-    if len(scores) != count or None in scores:
+    if len(scores) != count or scores[0] is None:
         raise RowError(
-            name, f"teacher_scores has {len(scores)} entries; {count} are needed: the target and each negative"
+            name,
+            f"teacher_scores has {len(scores)} entries; {count} are needed: the target and each negative (null where a "
+            "negative has none)",
         )
-    return tuple(score for score in scores if score is not None)
+    return tuple(math.nan if score is None else score for score in scores)
 
 
 # --- sources --------------------------------------------------------------------------------------------------------
@@ -329,18 +331,30 @@ class TrainingDataset:
             raise RowError(name, f"a record is a mapping or a Row, got {type(record).__name__}")
         return as_row(record, name, self.folder)
 
+    def read_as_surveyed(self, place: int) -> Row:
+        """The row at a place as it is embedded, mined and selected: what is drawn is drawn by its place.
 
-def with_negatives(row: Row, dataset: TrainingDataset, places: Iterable[int], generator: random.Random) -> Row:
-    """A row with the targets of other rows as its negatives; those that cannot be read are left out."""
+        Raises:
+            RowError: the record is no row.
+        """
+        return self.read(place, random.Random(place))
+
+
+def with_negatives(row: Row, dataset: TrainingDataset, places: Iterable[int]) -> Row:
+    """A row with the targets of other rows as its negatives; those that cannot be read are left out.
+
+    Where records are functions of a generator, a negative is drawn as `TrainingDataset.read_as_surveyed` draws it: it
+    is what was scored.
+    """
     found = []
     for place in places:
         if place < 0:
             break
         try:
-            found.append(dataset.read(int(place), generator))
+            found.append(dataset.read_as_surveyed(int(place)))
         except RowError:
             continue  # it is reported when its own turn comes
-    scores = None if row.teacher_scores is None else (*row.teacher_scores, *[float("nan")] * len(found))
+    scores = None if row.teacher_scores is None else (*row.teacher_scores, *[math.nan] * len(found))
     return replace(
         row,
         negatives=(*row.negatives, *(one.target for one in found)),

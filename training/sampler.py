@@ -159,7 +159,7 @@ class SpecializedBatches(IterableDataset):
             generator = random.Random(f"{self.seed}/{step}/{self.rank * size + offset}")
             try:
                 row = dataset.read(place, generator, record)
-                rows.append(row if table is None else with_negatives(row, dataset, table[place], generator))
+                rows.append(row if table is None else with_negatives(row, dataset, table[place]))
                 generators.append(generator)
             except RowError as error:
                 skipped.append((error.row_id, error.reason))

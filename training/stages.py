@@ -23,6 +23,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,9 @@ logger = logging.getLogger(__name__)
 
 _OPTIONAL = ("perceiver", "audio_adapter", "late_fusion_gate")  # parts that some models do without
 
-Evaluator = Callable[[SailEmbeddingModel, SailEmbeddingProcessor], dict[str, Any]]
+LONGEST_WAIT = timedelta(hours=6)
+
+Evaluator = Callable[[SailEmbeddingModel, SailEmbeddingProcessor], Any]
 
 
 def run_recipe(recipe: Recipe, evaluator: Evaluator | None = None) -> Path:
@@ -68,7 +71,8 @@ def run_recipe(recipe: Recipe, evaluator: Evaluator | None = None) -> Path:
             no data.
     """
     check_against_model(recipe)
-    PartialState(cpu=not torch.cuda.is_available())  # meets the other ranks, where there are any
+    # Meets the other ranks, where there are any. They wait long where the first one mines or fills a cache.
+    PartialState(cpu=not torch.cuda.is_available(), timeout=LONGEST_WAIT)
     datasets, validation = open_datasets(recipe), open_validation(recipe)
     start = Path(recipe.model)
     for name in recipe.stages:

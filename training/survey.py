@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from .grad_cache import micro_batches, select
 from .rows import Item, RowError, TrainingDataset, item_key, number_of
 
 PART = 256  # rows of a part: what a kill can cost
+CHUNK = 65_536  # rows that are looked at together
 DECODED = 32  # items whose media are held at once
 PASS_TOKENS = 2048  # padded tokens of a pass of the model
 LOOKED_AT = 64  # rows whose content tells one dataset from another
@@ -42,7 +44,7 @@ class Survey:
 
     Attributes:
         places: (N,) rows of the dataset that could be read and embedded, rising.
-        queries, targets: (N, D) normalised, float32; memory-mapped where all rows are good.
+        queries, targets: (N, D) normalised, float32, memory-mapped.
         query_ids, target_ids: (N,) numbers of 63 bits, equal where the ids are.
         skipped: ids of the other rows, and why.
     """
@@ -56,25 +58,33 @@ class Survey:
 
 
 def survey(
-    model: SailEmbeddingModel, collate: Collator, dataset: TrainingDataset, folder: Path, progress: bool = True
-) -> Survey:
-    """Embed every pair of a dataset; every rank must call it, and gets the same.
+    model: SailEmbeddingModel,
+    collate: Collator,
+    dataset: TrainingDataset,
+    folder: Path,
+    *,
+    disposable: bool = False,
+    progress: bool = True,
+) -> Survey | None:
+    """Embed every pair of a dataset; every rank must call it, and the first one gets the result, the others None.
 
     Args:
         model, collate: from the media themselves or from cached features.
         dataset: not streamed; its first task says whose instructions are put before both sides.
         folder: of the arrays and parts; all ranks must see it.
+        disposable: what another model or dataset left in the folder is thrown away, not refused.
         progress: show a bar, on the first rank.
 
     Raises:
-        ValueError: the dataset is streamed, or no row can be read; the folder is another model's or dataset's.
+        ValueError: the dataset is streamed, or no row can be read; the folder is another model's or dataset's, or its
+            arrays are broken.
     """
     if dataset.streamed:
         raise ValueError(f"Dataset {dataset.name!r} is streamed; all its rows must be at hand.")
     size = len(dataset.source)
-    job = {"model": model_hash(model), "dataset": _content_hash(dataset), "task": dataset.tasks[0], "rows": size}
     if rank() == 0:
-        _claim(folder, job, (size, model.config.hidden_size))
+        job = {"model": model_hash(model), "dataset": content_hash(dataset), "task": dataset.tasks[0], "rows": size}
+        _claim(folder, job, (size, model.config.hidden_size), disposable)
     wait()
     arrays = _opened(folder, "r+")
     training, _ = model.training, model.eval()
@@ -88,11 +98,10 @@ def survey(
             write_json(done, skipped)
     model.train(training)
     wait()
-    return _gathered(dataset, folder)
+    return _gathered(dataset, folder) if rank() == 0 else None
 
 
 def _gathered(dataset: TrainingDataset, folder: Path) -> Survey:
-    arrays = _opened(folder, "c")  # copied where written to, which nobody does; torch wants arrays that may be
     skipped: list[tuple[str, str]] = []
     good = np.ones(len(dataset.source), dtype=bool)
     for path in sorted(folder.glob("0*.json")):
@@ -102,15 +111,34 @@ def _gathered(dataset: TrainingDataset, folder: Path) -> Survey:
     if not good.any():
         listed = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
         raise ValueError(f"Not one of {len(good)} rows of {dataset.name!r} could be embedded. The first: {listed}")
-    some = slice(None) if good.all() else good
-    return Survey(
-        np.flatnonzero(good),
-        torch.from_numpy(arrays["queries"][some]),
-        torch.from_numpy(arrays["targets"][some]),
-        arrays["ids"][0][some],
-        arrays["ids"][1][some],
-        skipped,
-    )
+    ids = np.load(folder / "ids.npy", allow_pickle=False)
+    queries, targets = (_good_rows(folder, name, good) for name in ("queries", "targets"))
+    return Survey(np.flatnonzero(good), queries, targets, ids[0][good], ids[1][good], skipped)
+
+
+def _good_rows(folder: Path, name: str, good: np.ndarray) -> Tensor:
+    """(N, D) rows that are good, memory-mapped: the array itself, or where some are bad a copy beside it.
+
+    Raises:
+        ValueError: a row that should be good is not of length 1.
+    """
+    array = _opened(folder, "c")[name]  # copied where written to, which nobody does; torch wants arrays that may be
+    kept = None
+    if not good.all():
+        shape = (int(good.sum()), array.shape[1])
+        kept = np.lib.format.open_memmap(folder / f"good-{name}.npy", "w+", dtype=np.float32, shape=shape)
+    begin = 0
+    for start in range(0, len(array), CHUNK):
+        part = array[start : start + CHUNK][good[start : start + CHUNK]]
+        lengths = np.linalg.norm(part, axis=1)
+        if not (np.abs(lengths - 1) < 1e-2).all():
+            raise ValueError(
+                f"{folder} is broken: embeddings that are done have no length of 1. Remove it, begin again."
+            )
+        if kept is not None:
+            kept[begin : begin + len(part)] = part
+        begin += len(part)
+    return torch.from_numpy(array if kept is None else kept)
 
 
 def _fill(
@@ -118,13 +146,13 @@ def _fill(
     collate: Collator,
     dataset: TrainingDataset,
     places: Sequence[int],
-    arrays: dict[str, np.memmap],
+    arrays: Mapping[str, np.memmap],
 ) -> list[tuple[int, str, str]]:
     """Write a part's embeddings and ids; returns (place, id, reason) of rows that have none."""
     read, skipped = [], []
     for place in places:
         try:
-            read.append((place, dataset.read(place, random.Random(place))))
+            read.append((place, dataset.read_as_surveyed(place)))
         except RowError as error:
             skipped.append((place, error.row_id, error.reason))
     sides = []
@@ -179,21 +207,31 @@ def sample_embeddings(
         ValueError: no item could be embedded.
     """
     found: dict[str, list[np.ndarray]] = {}
-    items = list(_sampled_items(dataset, samples, seed))
     training, _ = model.training, model.eval()
-    reasons = [""] * len(items)
-    for start in tqdm(range(0, len(items), PART), f"embed {dataset.name}", unit="part", disable=not progress):
-        some, why = items[start : start + PART], [""] * len(items[start : start + PART])
+    total = samples if dataset.streamed else min(samples, len(dataset.source))
+    reason = ""
+    items = _sampled_items(dataset, samples, seed)
+    for some in tqdm(_parts(items), f"embed {dataset.name}", -(-2 * total // PART), unit="part", disable=not progress):
+        why = [""] * len(some)
         for _, output in _passes(model, collate, some, "", why, output_modality_embeddings=True):
             for kind, part in _by_kind(output).items():
                 found.setdefault(kind, []).append(part)
-        reasons[start : start + PART] = why
+        reason = reason or next(filter(None, why), "")
     model.train(training)
     if not found:
-        raise ValueError(
-            f"Not one item of {dataset.name!r} could be embedded. The first: {next(filter(None, reasons), '')}"
-        )
+        raise ValueError(f"Not one item of {dataset.name!r} could be embedded. {reason and 'The first: ' + reason}")
     return {kind: np.concatenate(parts) for kind, parts in found.items()}
+
+
+def _parts(items: Iterable[Item]) -> Iterator[list[Item]]:
+    part: list[Item] = []
+    for item in items:
+        part.append(item)
+        if len(part) == PART:
+            yield part
+            part = []
+    if part:
+        yield part
 
 
 def _by_kind(output: Any) -> dict[str, np.ndarray]:
@@ -259,13 +297,17 @@ def model_hash(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _content_hash(dataset: TrainingDataset) -> str:
-    """Of its name and some of its rows: another dataset in its place is found out, at next to no cost."""
-    size = len(dataset.source)
-    digest = hashlib.sha256(dataset.name.encode())
+def content_hash(dataset: TrainingDataset) -> str:
+    """Of some of its rows and of its file's size and time: another dataset in its place is found out, at low cost."""
+    source = dataset.source
+    size = len(source)
+    digest = hashlib.sha256(f"{size} {getattr(source, '_fingerprint', '')}".encode())  # the latter of `datasets`
+    if isinstance(getattr(source, "path", None), Path):
+        status = source.path.stat()
+        digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
     for place in range(0, size, max(1, size // LOOKED_AT)):
         try:
-            row = dataset.read(place, random.Random(place))
+            row = dataset.read_as_surveyed(place)
             digest.update(f"{row.id} {item_key(row.query)} {item_key(row.target)} {row.target_id}".encode())
         except RowError as error:
             digest.update(str(error).encode())
@@ -275,20 +317,35 @@ def _content_hash(dataset: TrainingDataset) -> str:
 _ARRAYS = ("queries", "targets", "ids")
 
 
-def _claim(folder: Path, job: dict[str, Any], shape: tuple[int, int]) -> None:
+def _claim(folder: Path, job: dict[str, Any], shape: tuple[int, int], disposable: bool) -> None:
     """Make the arrays, or find them made by the same job."""
     manifest = folder / "job.json"
-    if manifest.exists():
-        known = json.loads(manifest.read_text(encoding="utf-8"))
-        if known != job:
-            changed = ", ".join(key for key in job if known.get(key) != job[key])
-            raise ValueError(f"{folder} was begun with another {changed}; remove it, or name another place.")
+    known = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else None
+    if known is not None and known != job and not disposable:
+        changed = ", ".join(key for key in job if known.get(key) != job[key])
+        raise ValueError(f"{folder} was begun with another {changed}; remove it, or name another place.")
+    if known == job:
+        _check_sizes(folder)
         return
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     for name in _ARRAYS:
         wide, kind = ((2, shape[0]), np.int64) if name == "ids" else (shape, np.float32)
         np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype=kind, shape=wide).flush()
     write_json(manifest, job)
+
+
+def _check_sizes(folder: Path) -> None:
+    """Refuse arrays that were cut short; opened to write to, they would be filled up with zeros.
+
+    Raises:
+        ValueError: one is.
+    """
+    for name in _ARRAYS:
+        try:
+            np.lib.format.open_memmap(folder / f"{name}.npy", "r")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder / name}.npy is broken ({error}); remove {folder}, and begin again.") from error
 
 
 def _opened(folder: Path, mode: Any) -> dict[str, np.memmap]:
