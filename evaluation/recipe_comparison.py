@@ -1,6 +1,6 @@
 """Recipes beside each other, stage by stage: several seeds, the retrieval of the same held-out names.
 
-    python -m modeling_sail.evaluation.recipe_comparison mini-progressive mini-all-in-one --seeds 0 1 2
+    python -m modeling_sail.evaluation.recipe_comparison mini-progressive mini --seeds 0 1 2
 
 A run that was stopped goes on where it was: stages that are done are not run again, and neither is their evaluation.
 """

@@ -13,6 +13,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+# Padded tokens of a pass where nothing else bounds it: large enough to be efficient, small enough for a cache.
+PASS_TOKENS = 2048
+
 # A picture or window costs its tower about as much as this many tokens cost the backbone.
 MEDIA_TOKENS = 64
 

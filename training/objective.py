@@ -21,6 +21,9 @@ from .patterns import LETTERS, PARTS, PATTERNS, valid_rows
 
 KINDS = ("fused", "vision", "text", "audio", "late_fusion")
 
+# Of the kinds that are encoded without the other modalities: the field of the model's output.
+ALONE = {"vision": "vision_embeddings", "text": "text_embeddings", "audio": "audio_embeddings"}
+
 
 @dataclass(frozen=True)
 class Options:

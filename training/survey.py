@@ -26,16 +26,14 @@ from ..modeling_sail import SailEmbeddingModel
 from .collate import Collator
 from .distributed import rank, wait, world_size
 from .files import write_json
-from .grad_cache import micro_batches, select
+from .grad_cache import PASS_TOKENS, micro_batches, select
+from .objective import ALONE
 from .rows import Item, RowError, TrainingDataset, item_key, number_of
 
 PART = 256  # rows of a part: what a kill can cost
 CHUNK = 65_536  # rows that are looked at together
 DECODED = 32  # items whose media are held at once
-PASS_TOKENS = 2048  # padded tokens of a pass of the model
 LOOKED_AT = 64  # rows whose content tells one dataset from another
-
-_FIELDS = {"vision": "vision_embeddings", "audio": "audio_embeddings", "text": "text_embeddings"}
 
 
 @dataclass(frozen=True)
@@ -239,7 +237,7 @@ def _by_kind(output: Any) -> dict[str, np.ndarray]:
     mask = output.modality_mask.cpu()
     kinds = {"fused": (output.embeddings, mask.sum(dim=1) > 1)}
     for kind, column in (("audio", 0), ("vision", 1), ("text", 2)):
-        kinds[kind] = (output[_FIELDS[kind]], mask[:, column])
+        kinds[kind] = (output[ALONE[kind]], mask[:, column])
     return {
         kind: F.normalize(values.float().cpu()[rows], dim=-1).numpy()
         for kind, (values, rows) in kinds.items()

@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from .distributed import largest, mean_over_ranks, rank, world_size
-from .grad_cache import Replay, micro_batches, select
-from .objective import Objective, Step
+from .grad_cache import PASS_TOKENS, Replay, micro_batches, select
+from .objective import ALONE, Objective, Step
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +33,6 @@ MAX_BAD_SHARE = 0.05
 
 # A batch from which no term can be computed is passed over; so many in a row are a mistake in the recipe.
 MOST_WITHOUT_TERMS = 10
-
-# Padded tokens of a pass where all of a batch's passes keep their activations.
-PASS_TOKENS = 2048
-
-_FIELDS = {"vision": "vision_embeddings", "text": "text_embeddings", "audio": "audio_embeddings"}
 
 
 class ContrastiveTrainer(Trainer):
@@ -174,7 +169,7 @@ class ContrastiveTrainer(Trainer):
         self, model: torch.nn.Module, items: Mapping[str, Tensor], kinds: set[str], use_all_parts: bool = True
     ) -> dict[str, Tensor]:
         """(M, D) embeddings of M items, by kind (objective.KINDS)."""
-        alone = bool(kinds & set(_FIELDS))
+        alone = bool(kinds & set(ALONE))
         output = model(
             **items,
             output_modality_embeddings=alone,
@@ -182,7 +177,7 @@ class ContrastiveTrainer(Trainer):
             use_all_parts=use_all_parts,
         )
         found = {"fused": output["embeddings"]}
-        found |= {kind: output[name] for kind, name in _FIELDS.items() if kind in kinds}
+        found |= {kind: output[name] for kind, name in ALONE.items() if kind in kinds}
         return found | ({"late_fusion": output["late_fusion_embeddings"]} if "late_fusion" in kinds else {})
 
     def _loss(self, model: torch.nn.Module, embeddings: Mapping[str, Tensor], inputs: dict[str, Any]) -> Tensor:

@@ -11,7 +11,7 @@ from .child import ALLOCATORS
 from .encode import encode_benchmark
 from .exact import exact_benchmark
 from .loss import loss_benchmark
-from .mine import mine_benchmark
+from .mine import CASES, mine_benchmark
 
 
 def main() -> None:
@@ -34,16 +34,17 @@ def main() -> None:
     cache.add_argument("--size", type=int, default=2048, help="B, in pairs")
     mine = benchmarks.add_parser("mine", help="lambda* and hard negatives beside the bare product and the peer's miner")
     mine.add_argument("--size", type=int, default=20_000, help="pairs")
+    mine.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES))
     args = parser.parse_args()
     allocators = dict(list(ALLOCATORS.items())[:1]) if args.default_allocator else ALLOCATORS
     if args.benchmark == "encode":
         figures = encode_benchmark(args.model, args.items, args.rounds)
     elif args.benchmark == "exact":
         figures = exact_benchmark(args.model)
+    elif args.benchmark == "mine":
+        figures = mine_benchmark(args.size, args.rounds, allocators, args.case)
     else:
-        figures = {"loss": loss_benchmark, "cache": cache_benchmark, "mine": mine_benchmark}[args.benchmark](
-            args.size, args.rounds, allocators
-        )
+        figures = {"loss": loss_benchmark, "cache": cache_benchmark}[args.benchmark](args.size, args.rounds, allocators)
     for line in map(json.dumps, figures):
         print(line, flush=True)
         if args.out is not None:
