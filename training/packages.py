@@ -125,6 +125,18 @@ PACKAGES: dict[str, Package] = {
         "e9cf06ab2105529068df73085784e835d2ff03f870d2a8091f09125d40abac9f",
         "GPL-3.0-or-later, the words CC-BY-SA-3.0",
     ),
+    "movielens-100k": Package(
+        "pypi",
+        "recbole==1.2.1",
+        "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
+        "GroupLens: for research, no redistribution",
+    ),
+    "bokeh-movies": Package(
+        "pypi",
+        "bokeh-sampledata==2026.1",
+        "f40331a40ca30c64a1c1471835aad9006b61b0d9731a3f649ee8cbbf48d3822f",
+        "CC0",
+    ),
     "fluent-emoji-3d": Package(
         "npm",
         "@lobehub/fluent-emoji-3d@1.1.0",

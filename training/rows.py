@@ -140,14 +140,14 @@ def _item(value: Any, column: str, name: str, folder: Path | None) -> Item:
         raise RowError(name, f"{column} must be an item (a dict or a string that is not empty), it is {what}")
     item = {key: part for key, part in value.items() if part is not None}
     if folder is not None:
-        item |= {key: _located(item[key], folder) for key in MEDIA_FIELDS if key in item}
+        item |= {key: located(item[key], folder) for key in MEDIA_FIELDS if key in item}
     return item
 
 
-def _located(value: Any, folder: Path) -> Any:
+def located(value: Any, folder: Path) -> Any:
     """Relative paths, and lists of them, below the folder; anything else as it is."""
     if isinstance(value, (list, tuple)):
-        return [_located(part, folder) for part in value]
+        return [located(part, folder) for part in value]
     relative = isinstance(value, str) and not Path(value).is_absolute() and "://" not in value
     return str(folder / value) if relative else value
 
