@@ -47,6 +47,6 @@ def test_the_miners_side_finds_what_is_planted_and_the_peer_runs() -> None:
     found = mine.ours(*given)
     assert 0.6 < found["f1"] < 1.0 and found["false_negatives"] > 0
     assert mine.peer(*given)["rows"] == 300
-    assert mine.ours(*mine.planted(300, "a weak model"))["f1"] < found["f1"]
+    assert mine.ours(*mine.planted(300, "a weak model"))["f1"] < 0.5
     lines = list(mine.mine_benchmark(400, 1, {"default": {}}, ["200 names"]))
     assert {line["peer_name"] for line in lines} >= set(mine.NAMES.values())

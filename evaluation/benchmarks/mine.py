@@ -29,7 +29,7 @@ TWINS = 0.02  # share of pairs whose target answers another query too
 # Noise of a query over its target's length, and how many targets there are (None: one a pair).
 CASES: dict[str, tuple[float, int | None]] = {
     "a good model": (1.2, None),
-    "a weak model": (6.0, None),
+    "a weak model": (12.0, None),
     "200 names": (1.2, 200),
 }
 PEER_BATCH = 16_384  # sentence-transformers' own default
