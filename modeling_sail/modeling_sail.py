@@ -153,6 +153,8 @@ class SailEmbeddingPreTrainedModel(PreTrainedModel):
     base_model_prefix = "sail"
     main_input_name = "input_ids"
     input_modalities = ["image", "audio", "text"]
+    # A training may keep heads beside the model in its checkpoints (behaviour_heads_sail.py).
+    _keys_to_ignore_on_load_unexpected = [r"^heads\."]
     supports_gradient_checkpointing = True
     _no_split_modules = ["PerceiverBlock", "AudioAdapter"]
     _supports_sdpa = True

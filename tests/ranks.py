@@ -10,16 +10,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from modeling_sail.training.build import build_tiny
 from modeling_sail.training.collate import Collator
 from modeling_sail.training.distributed import rank, world_size
 from modeling_sail.training.objective import TERMS, Objective
+from modeling_sail.training.recommendation.tables import IDTable
 from modeling_sail.training.rows import Row, TrainingDataset
 from modeling_sail.training.sampler import SpecializedBatches
 from modeling_sail.training.trainer import ContrastiveTrainer
 from transformers import TrainingArguments
+
+from modeling_sail.behaviour_heads_sail import BehaviourHeads
 
 from .conftest import picture, sound
 
@@ -33,12 +37,34 @@ def ragged_rows(kind: str = "mixed") -> list[Row]:
     for n in range(16):
         media: dict[str, Any] = {"image": picture(n), "audio": sound(n)}
         few = {name: value for name, value in media.items() if chooser.random() < 0.6 and (kind == "mixed" or n < 8)}
-        query = {"title": f"query {n} " * chooser.randint(1, 5), **few}
-        target = {"title": f"target {n // 2}", **({"image": picture(99 - n)} if "image" in few else {})}
+        query = {"id": f"q{n}", "title": f"query {n} " * chooser.randint(1, 5), **few}
+        target = {"id": f"t{n}", "title": f"target {n // 2}", **({"image": picture(99 - n)} if "image" in few else {})}
         negatives = tuple({"title": f"negative {n} {k}"} for k in range(n % 3))
         scores = tuple(chooser.random() for _ in range(1 + len(negatives)))
         rows.append(Row(f"r{n}", query, target, f"t{n // 2}", negatives, ("x",) * len(negatives), n / 16, scores))
     return rows
+
+
+def sequence_rows() -> list[Row]:
+    """Sixteen sequences of one to five of twelve items and the item after them; ranks share items."""
+    items = [{"id": f"i{n}", "title": f"film {n} " * (1 + n % 4)} for n in range(12)]
+    chooser = random.Random(1)
+    rows = []
+    for n in range(16):
+        *sequence, target = chooser.sample(items, chooser.randint(2, 6))
+        rows.append(Row(f"r{n}", tuple(sequence), target, target["id"]))
+    return rows
+
+
+def id_tables() -> dict[str, IDTable]:
+    """Two tables of other lengths; each knows some of the items of `ragged_rows` and `sequence_rows`."""
+    names = [f"{letter}{n}" for letter in "qti" for n in range(16)]
+    numbers = np.random.default_rng(0)
+    tables = {"als": (names[::2], 5), "my.bpr": (names[5:], 9)}
+    return {
+        name: IDTable(name, tuple(ids), numbers.normal(size=(len(ids), dim)).astype(np.float32))
+        for name, (ids, dim) in tables.items()
+    }
 
 
 def trainer(folder: Path, steps: int = 3, kind: str = "mixed", batch_size: int = 16, **options: Any) -> Any:
@@ -47,7 +73,12 @@ def trainer(folder: Path, steps: int = 3, kind: str = "mixed", batch_size: int =
     model, processor = build_tiny()
     torch.manual_seed(1)
     patterns = ("ITC", "IIC", "TTC", "OOC", "ATC")
-    dataset = TrainingDataset("default", ragged_rows(kind), tasks=("i2i",), patterns=patterns)
+    rows = sequence_rows() if kind == "sequences" else ragged_rows(kind)
+    dataset = TrainingDataset("default", rows, tasks=("i2i",), patterns=patterns, tables=id_tables())
+    dims = {name: table.dim for name, table in dataset.tables.items()}
+    model.heads = BehaviourHeads(model.config.hidden_size, "transformer" if kind == "sequences" else "mean", dims)
+    if model.heads.sequence is not None:  # else its layers have no gradient at first
+        torch.nn.init.normal_(model.heads.sequence.output.weight, std=0.05)
     batches = SpecializedBatches(
         [dataset], Collator(processor), batch_size, seed=1, rank=rank(), world_size=world_size()
     )

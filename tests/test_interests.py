@@ -395,7 +395,7 @@ def test_statistics_account_for_every_user(events: list[tuple[int, int, int, int
     assert json.loads(json.dumps(statistics)) == statistics and set(statistics) == set(pairs) == set(INTERESTS)
     for name, numbers in statistics.items():
         lengths = [len(pair.sequence) for pair in pairs[name]]
-        assert numbers["users"] == before.num_users == numbers["kept"] + sum(numbers["dropped"].values())
+        assert numbers["histories"] == before.num_users == numbers["kept"] + sum(numbers["dropped"].values())
         assert numbers["kept"] == len(lengths) and numbers["full"] == lengths.count(3)
         assert numbers["mean_length"] == pytest.approx(np.mean(lengths) if lengths else 0)
 
@@ -405,7 +405,7 @@ def test_why_a_user_is_dropped_is_told() -> None:
     evidence = Evidence(labels=[frozenset({str(item % 3)}) for item in range(NUM_ITEMS)])
     _, statistics = mine_interests(before, evidence, split_time=99.0, interests=["content_multi_peak"], progress=False)
     assert statistics["content_multi_peak"] == {
-        "users": 4,
+        "histories": 4,
         "kept": 1,
         "share": 0.25,
         "mean_length": 1.0,

@@ -143,7 +143,7 @@ def test_accumulated_batches_equal_one_batch_where_the_loss_is_a_mean_over_rows(
     assert_same(*results)
 
 
-@pytest.mark.parametrize("case", ["mixed", "halves", "mixed-60", "halves-60"])
+@pytest.mark.parametrize("case", ["mixed", "halves", "sequences", "mixed-60", "halves-60", "sequences-60"])
 def test_two_ranks_train_like_one_process_on_the_whole_batch(tmp_path, case) -> None:
     kind, _, budget = case.partition("-")
     out = tmp_path / "ranks.pt"

@@ -1,7 +1,8 @@
 """Rows to one batch of tensors: queries, targets and hard negatives as one flat list of items, encoded in one pass.
 
-Unusual: with feature caches, pictures and sounds are looked up instead of decoded, and the towers do not run. A row
-with an item that cannot be read is left out and reported; the batch is then smaller, on this rank alone.
+Unusual: with feature caches, pictures and sounds are looked up instead of decoded, and the towers do not run. Where
+rows share items, as sequences do, an item is in the list once. A row with an item that cannot be read is left out and
+reported; the batch is then smaller, on this rank alone.
 """
 
 from __future__ import annotations
@@ -17,18 +18,19 @@ from ..items_sail import FORMAT_ORDER, LoadedItem, clean_text
 from ..processing_sail import Layout, SailEmbeddingProcessor, layout_of
 from .feature_cache import FeatureCache
 from .patterns import LETTERS, parts_of
-from .rows import Item, Row, dropped_fields, number_of
+from .rows import Item, Row, dropped_fields, item_key, number_of
 from .sampler import Draw
 
 QUERY, TARGET, NEGATIVE = 0, 1, 2  # NEGATIVE + k is the k-th hard negative
 
 
 class Entry(NamedTuple):
-    """One item of a batch: whose, in which role, and the item."""
+    """One item of a batch: whose, in which role, and the item. A sequence has several in the role of the query."""
 
     row: int
     slot: int
     item: Item
+    instruction: str
 
 
 @dataclass
@@ -64,34 +66,36 @@ class Collator:
     field_dropout: float = 0.0
 
     def __call__(self, draw: Draw) -> dict[str, Any]:
-        """One rank's batch of B rows with H hard negatives in all, at most C - 1 a row; M = 2 B + H items.
+        """One rank's batch of B rows with H hard negatives in all, at most C - 1 a row: 2 B + H places for U items.
 
         Returns:
-            ``items``: keyword arguments of the model for [queries, targets, negatives]; ``parts`` (M, 5), what each
-            has (patterns.py); ``target_ids`` (B,), equal where targets are; ``negative_slots`` (H, 2), row and place
-            of each negative; ``negative_mask`` (H,), False where it is the row's target after all; ``scores`` (B,) and
-            ``teacher_scores`` (B, C), NaN where there is none; ``dataset``, its name; ``patterns`` and ``losses``, its
-            own; ``skipped``, names and reasons; ``asked``, how many rows were drawn.
+            ``items``: keyword arguments of the model for the items, in the order of [queries, targets, negatives];
+            ``members`` and ``owners`` (S,), only where rows share items or have sequences: the item of each member and
+            the place that it belongs to; ``parts`` (2 B + H, 5), what each place has (patterns.py), nothing for
+            sequences; ``target_ids`` (B,), equal where targets are; ``negative_slots`` (H, 2), row and number of each
+            negative; ``negative_mask`` (H,), False where it is the row's target after all; ``scores`` (B,) and
+            ``teacher_scores`` (B, C), NaN where there is none; ``item_ids`` (U,), ``said_ids`` (U,), with the
+            instruction, and by table ``tables`` (U, E) and
+            ``table_rows`` (U,) the ID embeddings and which items have one; ``dataset``, its name; ``patterns`` and
+            ``losses``, its own; ``skipped``, names and reasons; ``asked``, how many rows were drawn.
         """
         entries = self._entries(draw)
-        prepared = self.prepare([entry.item for entry in entries])
-        skipped, bad = list(draw.skipped), set()
-        for entry, one in zip(entries, prepared, strict=True):
-            if one.reason:
-                role = ("query", "target", f"negative {entry.slot - NEGATIVE + 1}")[min(entry.slot, NEGATIVE)]
-                skipped.append((draw.rows[entry.row].id, f"{role}: {one.reason}"))
-                if entry.slot < NEGATIVE:
-                    bad.add(entry.row)
-        places = [row for row in range(len(draw.rows)) if row not in bad]
-        new = {row: place for place, row in enumerate(places)}
-        kept = [pair for pair in zip(entries, prepared, strict=True) if pair[0].row in new and not pair[1].reason]
-        sides = [self.processor.instruction_for(draw.task, side) for side in draw.dataset.sides]
-        items = self.pad([one for _, one in kept], [sides[min(entry.slot, TARGET)] for entry, _ in kept])
-        slots = [(new[entry.row], entry.slot - NEGATIVE) for entry, _ in kept if entry.slot >= NEGATIVE]
+        shared = _shares_items(draw)
+        firsts, item_of = _once(entries) if shared else (entries, list(range(len(entries))))
+        prepared = self.prepare([entry.item for entry in firsts])
+        good, skipped = _good_entries(draw, entries, [prepared[place].reason for place in item_of])
+        rows = sorted({entries[number].row for number in good if entries[number].slot == TARGET})
+        used = sorted({item_of[number] for number in good})
+        slots = _slots([entries[number] for number in good], rows)
+        new = {item: place for place, item in enumerate(used)}
+        members = torch.tensor([new[item_of[number]] for number in good], dtype=torch.long)
+        parts = [prepared[item].parts() for item in used]
         return {
-            "items": items,
-            "parts": torch.stack([one.parts() for _, one in kept]) if kept else torch.zeros(0, len(LETTERS)).bool(),
-            **_labels([draw.rows[row] for row in places], slots),
+            "items": self.pad([prepared[item] for item in used], [firsts[item].instruction for item in used]),
+            **({"members": members, "owners": slots.owners} if shared else {}),
+            "parts": _parts_of_places(parts, members, slots.owners, [draw.rows[row] for row in rows]),
+            **_labels([draw.rows[row] for row in rows], slots.negatives),
+            **_id_embeddings(draw, [firsts[item] for item in used]),
             "dataset": draw.dataset.name,
             "patterns": list(draw.dataset.patterns),
             "losses": dict(draw.dataset.losses),
@@ -101,11 +105,15 @@ class Collator:
 
     def _entries(self, draw: Draw) -> list[Entry]:
         """[queries, targets, negatives], each in the order of the rows, text fields dropped."""
+        query, target = (self.processor.instruction_for(draw.task, side) for side in draw.dataset.sides)
         entries = []
         for row, generator in enumerate(draw.generators):
             given = draw.rows[row]
-            for slot, item in enumerate((given.query, given.target, *given.negatives)):
-                entries.append(Entry(row, slot, dropped_fields(item, self.field_dropout, generator)))
+            roles = [(QUERY, item) for item in given.queries]
+            roles += [(TARGET + place, item) for place, item in enumerate((given.target, *given.negatives))]
+            for slot, item in roles:
+                said = query if slot == QUERY else target
+                entries.append(Entry(row, slot, dropped_fields(item, self.field_dropout, generator), said))
         return sorted(entries, key=lambda entry: (min(entry.slot, NEGATIVE), entry.row, entry.slot))
 
     def encode_items(self, items: Sequence[Item], instruction: str = "") -> dict[str, Tensor]:
@@ -168,6 +176,91 @@ class Collator:
         batch = self.processor.pad(sequences)
         batch |= _flat([one.pictures for one in prepared], "image_features", "image_owner")
         return batch | _flat([one.sounds for one in prepared], "audio_features", "audio_owner")
+
+
+# --- who is what ----------------------------------------------------------------------------------------------------
+
+
+def _shares_items(draw: Draw) -> bool:
+    """Whether an item may be in several rows or places, known by its id."""
+    some = any(isinstance(row.query, tuple) or row.query is row.target for row in draw.rows)
+    return some or draw.dataset.items is not None
+
+
+def _once(entries: Sequence[Entry]) -> tuple[list[Entry], list[int]]:
+    """The first entry of each item and instruction, and which of those each entry is."""
+    places: dict[tuple[str, str], int] = {}
+    firsts, found = [], []
+    for entry in entries:
+        key = item_key(entry.item), entry.instruction
+        if key not in places:
+            places[key] = len(firsts)
+            firsts.append(entry)
+        found.append(places[key])
+    return firsts, found
+
+
+def _good_entries(
+    draw: Draw, entries: Sequence[Entry], reasons: Sequence[str]
+) -> tuple[list[int], list[tuple[str, str]]]:
+    """Numbers of the entries that stay, and what is skipped and why.
+
+    A negative, or an item of a sequence, goes alone; a row goes with its target or with all of its query.
+    """
+    skipped, left = list(draw.skipped), set()
+    queries = {entry.row for entry, reason in zip(entries, reasons, strict=True) if entry.slot == QUERY and not reason}
+    for entry, reason in zip(entries, reasons, strict=True):
+        if not reason:
+            continue
+        role = ("query", "target", f"negative {entry.slot - NEGATIVE + 1}")[min(entry.slot, NEGATIVE)]
+        skipped.append((draw.rows[entry.row].id, f"{role}: {reason}"))
+        if entry.slot == TARGET or (entry.slot == QUERY and entry.row not in queries):
+            left.add(entry.row)
+    good = [number for number, reason in enumerate(reasons) if not reason and entries[number].row not in left]
+    return good, skipped
+
+
+class Slots(NamedTuple):
+    """Where members belong: ``owners`` (S,) among [B queries, B targets, H negatives], and (row, number) of the H."""
+
+    owners: Tensor
+    negatives: list[tuple[int, int]]
+
+
+def _slots(entries: Sequence[Entry], rows: Sequence[int]) -> Slots:
+    new = {row: place for place, row in enumerate(rows)}
+    owners, negatives = [], []
+    for entry in entries:
+        row = new[entry.row]
+        if entry.slot < NEGATIVE:
+            owners.append(entry.slot * len(rows) + row)
+        else:
+            owners.append(2 * len(rows) + len(negatives))
+            negatives.append((row, entry.slot - NEGATIVE))
+    return Slots(torch.tensor(owners, dtype=torch.long), negatives)
+
+
+def _parts_of_places(parts: Sequence[Tensor], members: Tensor, owners: Tensor, rows: Sequence[Row]) -> Tensor:
+    """(2 B + H, 5) what each place has; nothing for a sequence, which has no single modality to contrast."""
+    found = torch.zeros(int(owners.max()) + 1 if len(owners) else 0, len(LETTERS), dtype=torch.bool)
+    if len(owners):
+        found[owners] = torch.stack(list(parts))[members]
+        found[[place for place, row in enumerate(rows) if isinstance(row.query, tuple)]] = False
+    return found
+
+
+def _id_embeddings(draw: Draw, entries: Sequence[Entry]) -> dict[str, Any]:
+    """Numbers of the items, and by table their ID embeddings and which items have one."""
+    entries = entries if draw.dataset.tables else []
+    ids = [item_key(entry.item) for entry in entries]
+    said = [f"{entry.instruction}\n{name}" for entry, name in zip(entries, ids, strict=True)]
+    rows = {name: table.rows_for(ids) for name, table in draw.dataset.tables.items()}
+    return {
+        "item_ids": torch.tensor([number_of(name) for name in ids], dtype=torch.long),
+        "said_ids": torch.tensor([number_of(name) for name in said], dtype=torch.long),
+        "tables": {name: torch.from_numpy(vectors) for name, (vectors, _) in rows.items()},
+        "table_rows": {name: torch.from_numpy(there) for name, (_, there) in rows.items()},
+    }
 
 
 def _labels(rows: Sequence[Row], slots: Sequence[tuple[int, int]]) -> dict[str, Tensor]:

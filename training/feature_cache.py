@@ -162,4 +162,4 @@ def _items_of(dataset: Any) -> Iterator[Any]:
             row = dataset.read(place, random.Random(0))
         except RowError:
             continue  # it is reported when its batch is drawn
-        yield from (row.query, row.target, *row.negatives)
+        yield from (*row.queries, row.target, *row.negatives)

@@ -1,4 +1,4 @@
-"""Losses beside the contrastive ones: graded pairs and a teacher's preferences. Pure functions of tensors.
+"""Losses beside the contrastive ones: graded pairs, a teacher's preferences and geometry. Pure functions of tensors.
 
 Unusual: `cosent` is a sum over pairs of pairs, but never holds them; sorted by score, a running logsumexp does.
 """
@@ -88,6 +88,38 @@ def ranknet(
     pairs = better.sum(dim=(1, 2))
     rows = torch.where(better, losses, 0.0).sum(dim=(1, 2)) / pairs.clamp_min(1)
     return rows.sum() / (count or max(1, int((pairs > 0).sum())))
+
+
+def relational_divergence(
+    student: Tensor,
+    students: Tensor,
+    teacher: Tensor,
+    teachers: Tensor,
+    mask: Tensor,
+    *,
+    temperature: float = 0.1,
+    count: float | None = None,
+) -> Tensor:
+    """KL divergence between two spaces' distributions over an item's neighbours: cosines shall be alike in both.
+
+    The two spaces may have different dimensions: each is only compared with itself, and no projection is needed.
+
+    Args:
+        student, students: (B, D) items and (N, D) what they are compared with.
+        teacher, teachers: (B, E) and (N, E), the same items in the teacher's space.
+        mask: (B, N) booleans, False where an item is compared with itself.
+        temperature: of both softmaxes over cosines.
+        count: as in `listwise_divergence`.
+
+    Returns:
+        Scalar, mean over items, in nats.
+    """
+    own, wanted = (
+        F.normalize(_wide(some), dim=-1) @ F.normalize(_wide(all_), dim=-1).T
+        for some, all_ in ((student, students), (teacher, teachers))
+    )  # (B, N)
+    options = {"temperature": temperature, "teacher_temperature": temperature, "count": count}
+    return listwise_divergence(own, wanted, mask, **options)
 
 
 def _wide(values: Tensor) -> Tensor:

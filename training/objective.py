@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  the field's own abbreviation
 
+from ..behaviour_heads_sail import BehaviourHeads
 from .contrastive import matryoshka_nce
 from .distributed import counts_of, gather, rank, world_size
-from .losses import cosent, listwise_divergence, ranknet
+from .losses import cosent, listwise_divergence, ranknet, relational_divergence
 from .patterns import LETTERS, PARTS, PATTERNS, valid_rows
 
 KINDS = ("fused", "vision", "text", "audio", "late_fusion")
@@ -37,6 +38,7 @@ class Options:
         cosent_temperature: of CoSENT.
         teacher_temperature: of the teacher's softmax over its scores.
         student_temperature: of the model's, in both preference terms.
+        relation_temperature: of both softmaxes in the relations of ID embeddings.
     """
 
     matryoshka: bool = True
@@ -46,6 +48,7 @@ class Options:
     cosent_temperature: float = 0.05
     teacher_temperature: float = 1.0
     student_temperature: float = 0.05
+    relation_temperature: float = 0.1
 
 
 @dataclass
@@ -53,20 +56,31 @@ class Step:
     """One rank's embeddings and labels of a step.
 
     Attributes:
-        embeddings: by kind, (M, D) of [queries, targets, negatives].
+        items: by kind, (U, D) of the items that were encoded.
         batch: as `Collator` gives it.
         dims: Matryoshka lengths.
         temperature: of the batch's dataset.
         options: of the terms.
+        heads: what sequences and ID embeddings go through; None takes the mean of a sequence.
         details: what a term wants logged besides its value.
+        embeddings: by kind, (M, D) of [queries, targets, negatives]: the items, or what their sequences become.
     """
 
-    embeddings: Mapping[str, Tensor]
+    items: Mapping[str, Tensor]
     batch: Mapping[str, Any]
     dims: Sequence[int]
     temperature: Tensor
     options: Options
+    heads: BehaviourHeads | None = None
     details: dict[str, Tensor] = field(default_factory=dict)
+    embeddings: Mapping[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.embeddings = self.items
+        if "members" in self.batch:
+            heads = BehaviourHeads(self.dims[-1]) if self.heads is None else self.heads
+            where = self.batch["members"], self.batch["owners"]
+            self.embeddings = {kind: in_places(values, *where, heads) for kind, values in self.items.items()}
 
     @property
     def size(self) -> int:
@@ -97,6 +111,28 @@ class Step:
         return self.batch["parts"][: self.size], self.batch["parts"][self.size : 2 * self.size]
 
 
+def in_places(items: Tensor, members: Tensor, owners: Tensor, heads: BehaviourHeads) -> Tensor:
+    """(U, D) items to (M, D) embeddings of the places that they belong to.
+
+    Args:
+        items: encoded once each.
+        members: (S,) items.
+        owners: (S,) the place in [0, M) of each member, rising; one with several members is a sequence, oldest first.
+        heads: encode sequences.
+    """
+    sizes = torch.bincount(owners)  # (M,)
+    first = sizes.cumsum(0) - sizes
+    places = items[members[first]]  # (M, D)
+    long = (sizes > 1).nonzero()[:, 0]
+    if not len(long):
+        return places
+    offsets = torch.arange(int(sizes.max()), device=items.device)
+    mask = offsets[None] < sizes[long, None]  # (B, L)
+    where = torch.where(mask, first[long, None] + offsets[None], 0)
+    sequences = heads.encode_sequence(items[members[where]], mask)  # (B, D)
+    return places.index_copy(0, long, sequences.to(places.dtype))
+
+
 # --- terms: each a scalar, or None where no row of any rank has what it needs ---------------------------------------
 
 
@@ -109,20 +145,32 @@ def contrast(step: Step, query_kind: str, target_kind: str, valid: Tensor, hard:
         valid: (B,) booleans; the other rows stay out, as negatives too.
         hard: add the mined negatives.
     """
-    counts = counts_of(int(valid.sum()), valid.device)
+    query, target = step.query(query_kind)[valid], step.target(target_kind)[valid]
+    mined = step.negatives(target_kind) if hard else None
+    more = {} if mined is None else {"hard_negatives": mined[0][valid], "hard_mask": mined[1][valid]}
+    return nce_of_pairs(step, query, target, step.batch["target_ids"][valid], **more)
+
+
+def nce_of_pairs(step: Step, query: Tensor, target: Tensor, ids: Tensor, **more: Tensor) -> Tensor | None:
+    """NCE-MRL of pairs over all ranks' targets, by the step's options; every rank must call it.
+
+    Args:
+        step: of this rank.
+        query, target: (b, D) of this rank, b may be 0.
+        ids: (b,) of the targets; those with the same are no negatives of each other.
+        more: mined negatives, as `matryoshka_nce` takes them.
+    """
+    counts = counts_of(len(ids), ids.device)
     if not sum(counts):
         return None
-    query, target = step.query(query_kind)[valid], step.target(target_kind)[valid]
     options: dict[str, Any] = {
         "dims": step.dims if step.options.matryoshka else step.dims[-1:],
         "temperature": step.temperature,
-        "target_ids": gather(step.batch["target_ids"][valid], counts, differentiable=False),
+        "target_ids": gather(ids, counts, differentiable=False),
         "offset": sum(counts[: rank()]),
         "margin": step.options.margin,
         "count": sum(counts) / world_size(),
     }
-    mined = step.negatives(target_kind) if hard else None
-    more = {} if mined is None else {"hard_negatives": mined[0][valid], "hard_mask": mined[1][valid]}
     loss = matryoshka_nce(query, gather(target, counts), **options, **more)
     if step.options.symmetric:
         loss = (loss + matryoshka_nce(target, gather(query, counts), **options)) / 2
@@ -201,6 +249,63 @@ def _preference(step: Step, loss: Callable[..., Tensor], options: dict[str, floa
     return loss(cosine, filled, mask, **options)
 
 
+def id2item_term(step: Step) -> Tensor | None:
+    """ID-to-item: mean over the tables of the NCE-MRL between items and their projected ID embeddings (section 3.3.5).
+
+    Items without a row in a table stay out of its term, as negatives too.
+    """
+    if step.batch["tables"] and step.heads is None:
+        raise ValueError("Tables of ID embeddings need the model's heads to project them: attach BehaviourHeads.")
+    found = {}
+    for name, vectors in step.batch["tables"].items():
+        rows = _rows_of(step, name)
+        projected = step.heads.project(name, vectors[rows])
+        loss = nce_of_pairs(step, step.items["fused"][rows], projected, step.batch["item_ids"][rows])
+        if loss is not None:
+            found[name] = loss
+    step.details.update({f"id2item/{name}": loss.detach() for name, loss in found.items()})
+    return torch.stack(list(found.values())).mean() if found else None
+
+
+def id_relations_term(step: Step) -> Tensor | None:
+    """Mean over the tables of the divergence between an item's neighbours by its embedding and by its ID embedding."""
+    found = [_relations(step, vectors, _rows_of(step, name)) for name, vectors in step.batch["tables"].items()]
+    there = [loss for loss in found if loss is not None]
+    return torch.stack(there).mean() if there else None
+
+
+def _relations(step: Step, vectors: Tensor, rows: Tensor) -> Tensor | None:
+    counts = counts_of(len(rows), rows.device)
+    if sum(counts) < 2:
+        return None
+    own, wanted, ids = step.items["fused"][rows], vectors[rows], step.batch["item_ids"][rows]
+    every = gather(ids, counts, differentiable=False)
+    return relational_divergence(
+        own,
+        gather(own, counts),
+        wanted,
+        gather(wanted, counts, differentiable=False),
+        ids[:, None] != every[None],
+        temperature=step.options.relation_temperature,
+        count=sum(counts) / world_size(),
+    )
+
+
+def _rows_of(step: Step, name: str) -> Tensor:
+    """(b,) this rank's items that have a row in a table.
+
+    What is encoded twice, with one instruction, by several ranks or for several rows, counts once.
+    """
+    rows = step.batch["table_rows"][name].nonzero()[:, 0]
+    counts = counts_of(len(rows), rows.device)
+    every = gather(step.batch["said_ids"][rows], counts, differentiable=False)
+    _, group = every.unique(return_inverse=True)
+    place = torch.arange(len(every), device=every.device)
+    first = torch.full_like(place, len(every)).scatter_reduce(0, group, place, "amin")[group]
+    start = sum(counts[: rank()])
+    return rows[(first == place)[start : start + len(rows)]]
+
+
 def _all(step: Step) -> Tensor:
     return torch.ones(step.size, dtype=torch.bool, device=step.batch["target_ids"].device)
 
@@ -219,6 +324,8 @@ TERMS: dict[str, Callable[[Step], Tensor | None]] = {
     "patterns": patterns_term,
     "listwise": listwise_term,
     "ranknet": ranknet_term,
+    "id2item": id2item_term,
+    "id_relations": id_relations_term,
 }
 
 

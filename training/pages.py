@@ -45,6 +45,17 @@ def table(values: dict[str, Any]) -> str:
     return f"<table>{''.join(lines)}</table>"
 
 
+def bars(counts: dict[str, int]) -> str:
+    """Numbers as bars of their length, below each other."""
+    most = max(counts.values(), default=0) or 1
+    lines = (
+        f"<tr><td>{html.escape(name)}</td><td>{count}</td><td><div style='background:#36c;height:.8em;"
+        f"width:{20 * count / most:.2f}em'></div></td></tr>"
+        for name, count in counts.items()
+    )
+    return f"<table>{''.join(lines)}</table>"
+
+
 def thinned(curve: np.ndarray) -> np.ndarray:
     """(at most about `CURVE_POINTS`, 4) of a curve, its ends and its best point kept."""
     step = max(1, len(curve) // CURVE_POINTS)

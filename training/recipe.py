@@ -21,6 +21,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 from transformers.training_args import OptimizerNames
 
+from ..behaviour_heads_sail import SEQUENCE_ENCODERS
 from .objective import Options, check_weights
 from .patterns import check_pattern
 
@@ -44,6 +45,8 @@ class DatasetSpec:
             built-in source (training/data).
         streamed: read in its order, without a length; shuffle it beforehand.
         tasks, sides, patterns, temperature, losses: as in `rows.TrainingDataset`.
+        items: a table of items (Parquet, recommendation/behaviour.py), relative to the recipe; rows name items by ids.
+        tables: files of ID embeddings (Parquet, recommendation/tables.py), for the terms id2item and id_relations.
     """
 
     path: str
@@ -53,6 +56,8 @@ class DatasetSpec:
     patterns: list[str] = field(default_factory=list)
     temperature: float = 0.05
     losses: dict[str, float] = field(default_factory=dict)
+    items: str | None = None
+    tables: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -151,6 +156,7 @@ class StageSpec:
         balance: weights by the validation sets, times those in ``datasets``.
         select: only a clean subset near the validation sets.
         mine: hard negatives.
+        sequence_encoder: of queries that are sequences: "mean" or "transformer" (behaviour_heads_sail.py).
     """
 
     datasets: dict[str, float] = field(default_factory=dict)
@@ -181,6 +187,7 @@ class StageSpec:
     balance: BalanceSpec | None = None
     select: SelectSpec | None = None
     mine: MineSpec | None = None
+    sequence_encoder: str = "mean"
 
 
 @dataclass
@@ -214,20 +221,26 @@ class Recipe:
         for name in stages:
             spec = self.stages[name]
             settings = {key: value for key, value in asdict(spec).items() if key not in _BOOKKEEPING}
-            settings = {key: value for key, value in settings.items() if value is not None or key not in _CHOICES}
             drawn = [
-                [key, asdict(part)] for key, part in self.datasets.items() if key in (spec.datasets or self.datasets)
+                [key, _said(asdict(part))]
+                for key, part in self.datasets.items()
+                if key in (spec.datasets or self.datasets)
             ]
-            said.append([name, settings, drawn])
+            said.append([name, _said(settings), drawn])
             if spec.balance or spec.select:
-                said.append([[key, asdict(part)] for key, part in self.validation.items()])
+                said.append([[key, _said(asdict(part))] for key, part in self.validation.items()])
         return hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()
 
 
 # Settings that decide how a stage is watched, not what comes of it.
 _BOOKKEEPING = ("logging_steps", "save_steps", "report_to", "workers")
 
-_CHOICES = ("balance", "select", "mine")
+# Settings that came later; without them a fingerprint is what it was.
+_ADDED = {"balance": None, "select": None, "mine": None, "sequence_encoder": "mean", "items": None, "tables": []}
+
+
+def _said(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in _ADDED or value != _ADDED[key]}
 
 
 def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -413,6 +426,12 @@ def _check_stage(stage: StageSpec, key: str, datasets: list[str]) -> None:
         _need(getattr(stage, name) >= 1, f"{key}.{name}", getattr(stage, name), "an integer >= 1")
     _need(stage.token_budget is None or stage.token_budget > 0, f"{key}.token_budget", stage.token_budget, "above 0")
     _need(stage.weight_decay >= 0, f"{key}.weight_decay", stage.weight_decay, ">= 0")
+    _need(
+        stage.sequence_encoder in SEQUENCE_ENCODERS,
+        f"{key}.sequence_encoder",
+        stage.sequence_encoder,
+        f"one of {', '.join(SEQUENCE_ENCODERS)}",
+    )
     optimizers = [str(one.value) for one in OptimizerNames]
     near = difflib.get_close_matches(stage.optimizer, optimizers, 3) or optimizers[:3]
     _need(

@@ -22,11 +22,12 @@ import numpy as np
 from ..items_sail import FORMAT_ORDER, MEDIA_FIELDS
 from ..processing_sail import SIDES
 from .patterns import check_pattern
+from .recommendation.tables import IDTable
 
 Item = str | dict[str, Any]
 Record = Mapping[str, Any]
 
-COLUMNS = ("id", "query", "target", "target_id", "negatives", "score", "teacher_scores", "mined")
+COLUMNS = ("id", "query", "sequence", "item", "target", "target_id", "negatives", "score", "teacher_scores", "mined")
 
 
 class RowError(ValueError):
@@ -46,7 +47,8 @@ class Row:
 
     Attributes:
         id: stable name of the row, for reports.
-        query, target: items, as the processor takes them.
+        query, target: items, as the processor takes them. The query may be a sequence of items, oldest first, and both
+            may be one item, which has no pair.
         target_id: rows with the same one have the same target, which then is no negative of either.
         negatives: mined hard negatives of this query.
         negative_ids: their ids, in the same order.
@@ -56,7 +58,7 @@ class Row:
     """
 
     id: str
-    query: Item
+    query: Item | tuple[Item, ...]
     target: Item
     target_id: str
     negatives: tuple[Item, ...] = ()
@@ -64,31 +66,56 @@ class Row:
     score: float | None = None
     teacher_scores: tuple[float, ...] | None = None
 
+    @property
+    def queries(self) -> tuple[Item, ...]:
+        """The items of the query's side: one, or those of the sequence."""
+        return self.query if isinstance(self.query, tuple) else (self.query,)
 
-def as_row(record: Record, default_id: str, folder: Path | None = None) -> Row:
+
+def as_row(record: Record, default_id: str, folder: Path | None = None, items: Mapping[str, Item] | None = None) -> Row:
     """Check a record and make a row of it.
 
     Args:
-        record: columns ``query`` and ``target``, each an item (a dict, a string, or a dict as a JSON string); at will
+        record: columns ``query`` and ``target``, each an item (a dict, a string, or a dict as a JSON string); or
+            ``sequence``, a list of items, oldest first, in place of the query; or ``item`` in place of both. At will
             ``id``, ``target_id`` (by default the target's ``id``, else its content), ``negatives`` (a list of items),
             ``score``, ``teacher_scores`` (one for the target and one for each negative). Absent is None. ``mined`` is
             what `sail mine` notes of a row; nothing is read from it.
         default_id: where the record has no id.
         folder: what relative media paths are relative to.
+        items: by id; strings and integers in the columns of items are ids of these.
 
     Raises:
-        RowError: a column is unknown, missing or of the wrong kind.
+        RowError: a column is unknown, missing or of the wrong kind; there is no item of an id.
     """
     name = str(record.get("id") if record.get("id") is not None else default_id)
     unknown = sorted(set(record) - set(COLUMNS))
     if unknown:
         raise RowError(name, f"unknown column {unknown[0]!r}; known are {', '.join(COLUMNS)}")
-    query, target = (_item(record.get(side), side, name, folder) for side in ("query", "target"))
-    given = record.get("negatives")
-    given = [] if given is None else given
-    if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable):
-        raise RowError(name, f"negatives must be a list of items, got {type(given).__name__}")
-    negatives = tuple(_item(value, "negatives", name, folder) for value in given)
+
+    def read(value: Any, column: str) -> Item:
+        return _item(value, column, name, folder) if items is None else _item_of(value, column, name, items)
+
+    def read_list(column: str) -> tuple[Item, ...]:
+        given = [] if record.get(column) is None else record[column]
+        if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable):
+            raise RowError(name, f"{column} must be a list of items, got {type(given).__name__}")
+        return tuple(read(value, column) for value in given)
+
+    given = [column for column in ("query", "sequence", "item") if record.get(column) is not None]
+    if len(given) > 1 or (given == ["item"] and record.get("target") is not None):
+        raise RowError(
+            name, f"{' and '.join(given)} are given; a row has query and target, sequence and target, or item"
+        )
+    query: Item | tuple[Item, ...]
+    if given == ["item"]:
+        query = target = read(record["item"], "item")
+    else:
+        query = read_list("sequence") if given == ["sequence"] else read(record.get("query"), "query")
+        target = read(record.get("target"), "target")
+        if query == ():
+            raise RowError(name, "sequence is empty; it must hold at least one item")
+    negatives = read_list("negatives")
     target_id, content = record.get("target_id"), item_key(target)
     ids = [item_key(value) for value in negatives]
     return Row(
@@ -104,8 +131,8 @@ def as_row(record: Record, default_id: str, folder: Path | None = None) -> Row:
     )
 
 
-def item_key(item: Item) -> str:
-    """An item's id, else a hash of its content: equal items have equal keys."""
+def item_key(item: Item | tuple[Item, ...]) -> str:
+    """An item's id, else a hash of its content: equal items, and sequences of them, have equal keys."""
     if isinstance(item, dict) and item.get("id") is not None:
         return str(item["id"])
     content = {"text": item} if isinstance(item, str) else item
@@ -142,6 +169,14 @@ def _item(value: Any, column: str, name: str, folder: Path | None) -> Item:
     if folder is not None:
         item |= {key: located(item[key], folder) for key in MEDIA_FIELDS if key in item}
     return item
+
+
+def _item_of(value: Any, column: str, name: str, items: Mapping[str, Item]) -> Item:
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise RowError(name, f"{column} must be the id of an item, as there is a table of items; it is {value!r:.60}")
+    if str(value) not in items:
+        raise RowError(name, f"{column}: there is no item {value!r} among the {len(items)} in the table of items")
+    return items[str(value)]
 
 
 def located(value: Any, folder: Path) -> Any:
@@ -285,6 +320,8 @@ class TrainingDataset:
         temperature: initial; the model learns it.
         losses: weights of the loss terms that differ from the stage's.
         folder: what relative media paths are relative to.
+        items: by id; where they are given, rows name items by their ids.
+        tables: ID embeddings of items, by the table's name (recommendation/tables.py).
     """
 
     name: str
@@ -295,6 +332,8 @@ class TrainingDataset:
     temperature: float = 0.05
     losses: Mapping[str, float] = field(default_factory=dict)
     folder: Path | None = None
+    items: Mapping[str, Item] | None = None
+    tables: Mapping[str, IDTable] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for pattern in self.patterns:
@@ -329,7 +368,7 @@ class TrainingDataset:
             return record
         if not isinstance(record, Mapping):
             raise RowError(name, f"a record is a mapping or a Row, got {type(record).__name__}")
-        return as_row(record, name, self.folder)
+        return as_row(record, name, self.folder, self.items)
 
     def read_as_surveyed(self, place: int) -> Row:
         """The row at a place as it is embedded, mined and selected: what is drawn is drawn by its place.

@@ -33,6 +33,8 @@ from accelerate import PartialState
 from torch import nn
 from transformers import AutoConfig, TrainingArguments, set_seed
 
+from ..behaviour_heads_sail import FILE_NAME as HEADS_FILE
+from ..behaviour_heads_sail import BehaviourHeads
 from ..modeling_sail import SailEmbeddingModel
 from ..processing_sail import SailEmbeddingProcessor
 from .choosing import Chosen, Remining, choose
@@ -107,7 +109,8 @@ def check_against_model(recipe: Recipe) -> None:
         given = {"freeze": spec.freeze, "learning_rates": list(spec.learning_rates)}
         for key, patterns in given.items():
             for pattern in patterns:
-                if not fnmatch.filter(names, pattern):
+                # Heads are made for the stage's tables, which are read later.
+                if not pattern.startswith("heads.") and not fnmatch.filter(names, pattern):
                     parts = ", ".join(sorted({name.split(".")[0] for name in names}))
                     raise RecipeError(f"stages.{stage}.{key}: {pattern!r} matches no parameter; parts are {parts}.")
 
@@ -196,6 +199,7 @@ def run_stage(
     processor = SailEmbeddingProcessor.from_pretrained(start)
     weights = _weights(recipe, stage)
     drawn = {key: datasets[key] for key in weights}
+    attach_heads(model, stage, drawn, start)
     freeze(model, stage, [stage.losses, *(dataset.losses for dataset in drawn.values())])
     looked_at = validation if stage.balance or stage.select else {}
     images, sounds = _caches(stage, model, processor, [*drawn.values(), *looked_at.values()])
@@ -307,6 +311,27 @@ def training_arguments(stage: StageSpec, folder: Path, seed: int) -> TrainingArg
     )
 
 
+def attach_heads(
+    model: SailEmbeddingModel, stage: StageSpec, datasets: Mapping[str, TrainingDataset], start: Path
+) -> None:
+    """Give the model what the stage's sequences and tables need; the heads of the stage before go on where they fit.
+
+    Raises:
+        ValueError: datasets have tables of one name and other lengths.
+    """
+    dims: dict[str, int] = {}
+    for key, dataset in datasets.items():
+        for name, table in dataset.tables.items():
+            if dims.setdefault(name, table.dim) != table.dim:
+                raise ValueError(f"Dataset {key!r}: its table {name!r} has {table.dim} dims, another's {dims[name]}.")
+    if not dims and stage.sequence_encoder == "mean":
+        return
+    heads = BehaviourHeads(model.config.hidden_size, stage.sequence_encoder, dims)
+    if (start / HEADS_FILE).is_file():
+        logger.info("heads that go on from %s: %s", start, heads.take_over(BehaviourHeads.from_pretrained(start)))
+    model.heads = heads
+
+
 def freeze(model: SailEmbeddingModel, stage: StageSpec, losses: list[Mapping[str, float]]) -> None:
     """Switch off gradients of what the stage freezes, and of the late-fusion gate where no term uses it."""
     gate_used = any(part.get("late_fusion", 0) > 0 for part in losses)
@@ -321,7 +346,7 @@ def lora_config(stage: StageSpec, model: nn.Module) -> Any:
 
     assert stage.lora is not None
     spec = stage.lora
-    beside = [part for part in spec.train_too if getattr(model, part, None) is not None]
+    beside = [part for part in [*spec.train_too, "heads"] if getattr(model, part, None) is not None]
     return LoraConfig(
         r=spec.r,
         lora_alpha=spec.alpha,
@@ -356,6 +381,11 @@ def save_whole(
     """Save both in Hub format; the folder is there whole or not at all. ``state``: where the ranks hold the weights."""
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
+    heads = getattr(model, "heads", None)
+    if heads is not None:  # they lie beside the model, and are no part of its own weights
+        del model.heads
+        own = {} if state is None else {name: state.pop(name) for name in list(state) if name.startswith("heads.")}
+        heads.save_pretrained(partial, {name.removeprefix("heads."): tensor for name, tensor in own.items()})
     model.save_pretrained(partial, state_dict=state)
     processor.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)

@@ -150,7 +150,10 @@ def _fill(
     read, skipped = [], []
     for place in places:
         try:
-            read.append((place, dataset.read_as_surveyed(place)))
+            row = dataset.read_as_surveyed(place)
+            if isinstance(row.query, tuple):
+                raise RowError(row.id, "its query is a sequence, not an item: leave the dataset out of mine and select")
+            read.append((place, row))
         except RowError as error:
             skipped.append((place, error.row_id, error.reason))
     sides = []
@@ -257,8 +260,7 @@ def _sampled_items(dataset: TrainingDataset, samples: int, seed: int) -> Iterato
             row = dataset.read(place or 0, generator, record)
         except RowError:
             continue  # it is reported when its batch is drawn
-        yield row.query
-        yield row.target
+        yield from (*row.queries, row.target)
 
 
 @torch.inference_mode()

@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
+from ..behaviour_heads_sail import BehaviourHeads
 from .distributed import largest, mean_over_ranks, rank, world_size
 from .grad_cache import PASS_TOKENS, Replay, micro_batches, select
 from .objective import ALONE, Objective, Step
@@ -134,7 +136,7 @@ class ContrastiveTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
-        target.load_state_dict(saved.state_dict())
+        target.load_state_dict(saved.state_dict() | _saved_heads(Path(resume_from_checkpoint)))
 
     def _learning_rate_of(self, name: str) -> float:
         name = name.removeprefix("base_model.model.")  # peft's
@@ -177,6 +179,9 @@ class ContrastiveTrainer(Trainer):
             use_all_parts=use_all_parts,
         )
         found = {"fused": output["embeddings"]}
+        heads = _heads_of(model)
+        if use_all_parts and heads is not None:  # ranks wait for each other's gradients of these, too
+            found["fused"] = found["fused"] + 0.0 * sum(part.sum() for part in heads.parameters())
         found |= {kind: output[name] for kind, name in ALONE.items() if kind in kinds}
         return found | ({"late_fusion": output["late_fusion_embeddings"]} if "late_fusion" in kinds else {})
 
@@ -184,7 +189,8 @@ class ContrastiveTrainer(Trainer):
         bare = self.accelerator.unwrap_model(model)
         name = inputs["dataset"]
         temperature = bare.temperatures(name)
-        step = Step(embeddings, inputs, bare.config.matryoshka_dims, temperature, self.objective.options)
+        heads = _heads_of(bare)
+        step = Step(embeddings, inputs, bare.config.matryoshka_dims, temperature, self.objective.options, heads)
         loss, terms = self.objective(step)
         self._without_terms = 0 if terms else self._without_terms + 1
         if self._without_terms >= MOST_WITHOUT_TERMS:
@@ -320,6 +326,21 @@ class _StartWhereItStopped(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         batches: Any = self.trainer.train_dataset
         batches.start = state.global_step * args.gradient_accumulation_steps
+
+
+def _heads_of(model: torch.nn.Module) -> BehaviourHeads | None:
+    """The heads of a model, however it is wrapped."""
+    return getattr(getattr(model, "module", model), "heads", None)
+
+
+def _saved_heads(checkpoint: Path) -> dict[str, Tensor]:
+    """Weights of the heads in a checkpoint: ``from_pretrained`` knows nothing of them."""
+    found = {}
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith("heads.")]  # noqa: SIM118  no mapping
+            found |= {name: file.get_tensor(name) for name in names}
+    return found
 
 
 def _product(embeddings: Tensor, gradient: Tensor | None, places: Tensor) -> Tensor:

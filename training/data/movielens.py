@@ -11,7 +11,7 @@ import logging
 import re
 import sqlite3
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
@@ -51,8 +51,12 @@ ITEM_SCHEMA = pa.schema(
 )
 
 
+# The cast of a film has up to a hundred names, by the alphabet. Who was in many films is who one knows.
+MOST_CAST = 6
+
+
 class Credits(NamedTuple):
-    """Who made a film, as movies.db writes it: names with commas between, the cast by the alphabet."""
+    """Who made a film: names with commas between; of the cast, those with the most films."""
 
     director: str
     cast: str
@@ -189,11 +193,18 @@ def read_credits(path: Path) -> dict[tuple[str, int], list[Credits]]:
     query = 'SELECT "Title", "Year", "Director", "Cast" FROM omdb WHERE "Title" IS NOT NULL AND "Year" IS NOT NULL'
     try:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)) as database:
-            for title, year, director, cast in database.execute(query):
-                found[title_key(title), int(year)].append(Credits(director or "", cast or ""))
+            rows = [(title, year, director, _names(cast)) for title, year, director, cast in database.execute(query)]
     except sqlite3.Error as error:
         raise ValueError(f"{path} is not bokeh-sampledata's movies.db ({error}); unpack it again.") from error
+    films = Counter(name for *_, cast in rows for name in cast)
+    for title, year, director, cast in rows:
+        known = sorted(sorted(cast, key=lambda name: -films[name])[:MOST_CAST])
+        found[title_key(title), int(year)].append(Credits(director or "", ", ".join(known)))
     return dict(found)
+
+
+def _names(cast: str | None) -> list[str]:
+    return [name.strip() for name in (cast or "").split(",") if name.strip()]
 
 
 def find_credits(title: str, year: int | None, credits: dict[tuple[str, int], list[Credits]]) -> Credits | None:

@@ -6,10 +6,13 @@ To add one: a file in this folder with a function from a part's name to records,
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ..recipe import DatasetSpec
+from ..recommendation.behaviour import load_items
+from ..recommendation.tables import load_tables
 from ..rows import TrainingDataset, open_source
 from .mini_pairs import SOURCES as MINI
 from .mini_pairs import mini_source
@@ -36,7 +39,8 @@ def open_dataset(name: str, spec: DatasetSpec, folder: Path = Path()) -> Trainin
     """A recipe's dataset: of a built-in source, or of a path relative to the recipe's folder.
 
     Raises:
-        FileNotFoundError: nothing is there. ValueError: no such built-in source; another kind of file; no rows.
+        FileNotFoundError: nothing is there. ValueError: no such built-in source; another kind of file; no rows; broken
+            tables of items or ID embeddings.
     """
     built_in = built_in_source(spec.path)
     path = folder / spec.path
@@ -49,4 +53,13 @@ def open_dataset(name: str, spec: DatasetSpec, folder: Path = Path()) -> Trainin
         temperature=spec.temperature,
         losses=spec.losses,
         folder=path.parent if built_in is None and path.suffix else None,
+        items=None if spec.items is None else items_by_id(folder / spec.items),
+        tables=load_tables([folder / one for one in spec.tables]) if spec.tables else {},
     )
+
+
+@lru_cache(maxsize=4)
+def items_by_id(path: Path) -> dict[str, dict[str, Any]]:
+    """A table of items (`load_items`), read once for all datasets that name it."""
+    items = load_items(path)
+    return dict(zip(items.ids, items.records, strict=True))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -48,6 +48,8 @@ class Limits:
         labels: Jaccard coefficient of the labels of an item and the target.
         behaviour: Jaccard coefficient of their consumers; the paper's 0.5 is for labels. On small data hardly any two
             items share half of their consumers: lower it.
+        targets: newest items of a user that become targets, each with what came before it. The paper's is 1; with few
+            users more of them are more to learn from.
     """
 
     history: int = 1000
@@ -58,9 +60,10 @@ class Limits:
     similarity: float = 0.5
     labels: float = 0.5
     behaviour: float = 0.5
+    targets: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("history", "kept", "shortest", "single_peak", "multi_peak"):
+        for name in ("history", "kept", "shortest", "single_peak", "multi_peak", "targets"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.shortest > self.kept:
@@ -114,6 +117,16 @@ def candidates(history: History, positives: int, limits: Limits = DEFAULTS) -> C
     _, backwards = np.unique(events[::-1], return_index=True)  # the first from behind is the newest
     newest = np.sort(len(events) - 1 - backwards)
     return Candidates(int(target), float(recent.times[qualified[-1]]), events, events[newest])
+
+
+def earlier(history: History, positives: int, limits: Limits = DEFAULTS) -> Iterator[History]:
+    """The history as it was at each of its newest ``targets`` qualified events, the whole one first.
+
+    Always one at least: a history without such an event is what its reason is told by.
+    """
+    yield history
+    for end in np.flatnonzero(history.counts >= positives)[::-1][1 : limits.targets] + 1:
+        yield History(history.user, history.items[:end], history.times[:end], history.counts[:end])
 
 
 def _pair(history: History, found: Candidates, places: Sequence[int] | np.ndarray, limits: Limits) -> Pair | None:
@@ -291,8 +304,9 @@ class Interests(NamedTuple):
 
     Attributes:
         pairs: by interest, in the order of the users.
-        statistics: by interest ``users``, ``kept``, ``share``, ``mean_length``, ``full`` (sequences of ``kept`` items)
-            and ``dropped`` (users by the reason); JSON can hold it.
+        statistics: by interest ``histories`` (users, or with several targets more), ``kept``, ``share``,
+            ``mean_length``, ``full`` (sequences of ``kept`` items) and ``dropped`` (histories by the reason); JSON can
+            hold it.
     """
 
     pairs: dict[str, list[Pair]]
@@ -309,7 +323,7 @@ def mine_interests(
     seed: int = 0,
     progress: bool = True,
 ) -> Interests:
-    """At most one pair of each interest for each user.
+    """At most ``targets`` pairs of each interest for each user.
 
     Args:
         before: validated events before the split.
@@ -334,12 +348,15 @@ def mine_interests(
     bar = tqdm(before.histories(), "interests", total=before.num_users, unit="user", disable=not progress)
     for history in bar:
         for name in interests:
-            generator = random.Random(f"{seed}:{name}:{before.user_ids[history.user]}")
-            pair = INTERESTS[name](history, evidence, limits, generator)
-            if pair is None:
-                dropped[name][_why(history, limits.positives(name), limits)] += 1
-            else:
-                pairs[name].append(pair)
+            positives = limits.positives(name)
+            for number, known in enumerate(earlier(history, positives, limits)):
+                said = f":{number}" if number else ""
+                generator = random.Random(f"{seed}:{name}:{before.user_ids[history.user]}{said}")
+                pair = INTERESTS[name](known, evidence, limits, generator)
+                if pair is None:
+                    dropped[name][_why(known, positives, limits)] += 1
+                else:
+                    pairs[name].append(pair)
     return Interests(pairs, {name: _statistics(pairs[name], dropped[name], limits) for name in interests})
 
 
@@ -355,11 +372,11 @@ def _why(history: History, positives: int, limits: Limits) -> str:
 
 def _statistics(pairs: list[Pair], dropped: Counter[str], limits: Limits) -> dict[str, Any]:
     lengths = [len(pair.sequence) for pair in pairs]
-    users = len(pairs) + dropped.total()
+    histories = len(pairs) + dropped.total()
     return {
-        "users": users,
+        "histories": histories,
         "kept": len(pairs),
-        "share": len(pairs) / users if users else 0.0,
+        "share": len(pairs) / histories if histories else 0.0,
         "mean_length": float(np.mean(lengths)) if lengths else 0.0,
         "full": lengths.count(limits.kept),
         "dropped": dict(dropped),
