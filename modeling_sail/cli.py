@@ -78,6 +78,22 @@ def _parser() -> argparse.ArgumentParser:
     balance.add_argument("--stage", help="whose datasets and settings; the first one by default")
     balance.set_defaults(run=_balance)
 
+    behaviour = commands.add_parser(
+        "behaviour", help="sequences, ID embeddings and a report from tables of interactions and items, for a recipe"
+    )
+    behaviour.add_argument("interactions", help="Parquet: user, item, time, behaviours; or movielens")
+    behaviour.add_argument("items", nargs="?", help="Parquet: id, any field of an item, labels, released")
+    behaviour.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="embeds the items")
+    behaviour.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    behaviour.add_argument("--share", type=float, default=0.8, help="of the events that come before the split")
+    behaviour.add_argument("--split-time", type=float, metavar="SECONDS", help="unix time of the split, for a share")
+    behaviour.add_argument("--unseen", type=float, default=0.0, help="share of the items that nothing learns from")
+    behaviour.add_argument("--targets", type=int, default=1, help="newest items of a user that become targets")
+    behaviour.add_argument("--jaccard", type=float, default=0.5, help="that two items' consumers must reach")
+    behaviour.add_argument("--teachers", nargs="*", metavar="NAME", help="of bpr als item2vec graph; all by default")
+    behaviour.add_argument("--seed", type=int, default=0)
+    behaviour.set_defaults(run=_behaviour)
+
     sid = commands.add_parser("sid", help="semantic IDs: embeddings as a few discrete codes")
     steps = sid.add_subparsers(dest="step", required=True, metavar="fit|encode")
     fit = steps.add_parser("fit", help="fit codebooks on encoded items; they go into the model's folder, with a report")
@@ -168,6 +184,25 @@ def _balance(args: argparse.Namespace) -> None:
     weights = balance_recipe(recipe, args.stage, args.out)
     print("datasets: {" + ", ".join(f"{name}: {weight:.4f}" for name, weight in weights.items()) + "}")
     print(f"Look at {args.out / 'balance.html'}")
+
+
+def _behaviour(args: argparse.Namespace) -> None:
+    from .training.behaviour_job import run_behaviour
+    from .training.recommendation.interests import Limits
+    from .training.recommendation.prepare import Settings
+
+    given = {} if args.teachers is None else {"teachers": tuple(args.teachers)}
+    settings = Settings(
+        share=args.share,
+        split_time=args.split_time,
+        unseen_share=args.unseen,
+        limits=Limits(behaviour=args.jaccard, targets=args.targets),
+        seed=args.seed,
+        **given,
+    )
+    report = run_behaviour(args.interactions, args.items, args.model, args.out, settings)
+    kept = ", ".join(f"{name} {numbers['kept']}" for name, numbers in report["interests"].items())
+    print(f"{args.out}: {report['learned']} events learned from; sequences: {kept}. Look at {args.out / 'report.html'}")
 
 
 def _sid(args: argparse.Namespace) -> None:
