@@ -33,6 +33,7 @@ from ..training.recommendation.tables import IDTable
 from ..training.recommendation.teachers import als_fold_in, train_teachers
 from ..training.semantic_ids import fit_semantic_ids
 from ..training.stages import run_recipe
+from ..training.survey import model_hash
 from .item_to_item import alignment, cluster_relevant, content_pairs_relevant, copair_targets, i2i_recall
 from .ranker import base_features, compare, match_features, ranking_rows, sid_features
 from .recommenders import popularity, train_sasrec
@@ -54,7 +55,7 @@ SID_SIZES = (32, 32)
 
 
 @dataclass
-class Test:
+class Questions:
     """All that is asked of a recommender or an embedding, for one seed.
 
     Attributes:
@@ -143,26 +144,26 @@ class Test:
 # --- whom is asked --------------------------------------------------------------------------------------------------
 
 
-def recommenders(test: Test) -> dict[str, Values]:
+def recommenders(asked: Questions) -> dict[str, Values]:
     """Popularity, the teachers and SASRec, by name."""
-    known = test.known
+    known = asked.known
     ids, time, size = known.items.ids, known.split.time, len(known.items)
     popular = popularity(known.learned, size, split_time=time).astype(np.float32)
     by_label = label_popularity(popular, known.items.labels)
     found = {
-        "popularity": test.recommend(lambda cases: np.tile(popular, (len(cases), 1))),
-        "popularity of labels": test.recommend(lambda cases: np.tile(by_label, (len(cases), 1))),
+        "popularity": asked.recommend(lambda cases: np.tile(popular, (len(cases), 1))),
+        "popularity of labels": asked.recommend(lambda cases: np.tile(by_label, (len(cases), 1))),
     }
-    for name, table in test.tables.items():
-        found[name] = test.embedding(table.rows_for(ids)[0])
+    for name, table in asked.tables.items():
+        found[name] = asked.embedding(table.rows_for(ids)[0])
 
     def fold_in(cases: list[Pair]) -> np.ndarray:
         histories = [np.array(case.sequence) for case in cases]
-        return als_fold_in(known.learned, histories, split_time=time, seed=test.seed)
+        return als_fold_in(known.learned, histories, split_time=time, seed=asked.seed)
 
-    found["als, its own users"] = test.recommend(fold_in)
-    model = train_sasrec(known.learned, split_time=time, seed=test.seed)
-    found["SASRec"] = test.recommend(lambda cases: model.scores([case.sequence for case in cases]))
+    found["als, its own users"] = asked.recommend(fold_in)
+    model = train_sasrec(known.learned, split_time=time, seed=asked.seed)
+    found["SASRec"] = asked.recommend(lambda cases: model.scores([case.sequence for case in cases]))
     return found
 
 
@@ -186,7 +187,8 @@ def train(known: Known, model: Path, work: Path, settings: Settings, overrides: 
     """`sail behaviour` and the stages of mini-cre; folders of the models by name, the one before all of them first."""
     data = work / "data"
     loaded, processor = load_built(model)
-    prepare(known, embedder(loaded.eval(), Collator(processor)), data, settings)
+    embed = embedder(loaded.eval(), Collator(processor))
+    prepare(known, embed, data, settings, embedded_by=model_hash(loaded))
     places = [f"model={model}", f"output={work / 'stages'}", f"seed={settings.seed}"]
     recipe = load_recipe("mini-cre", [*places, *overrides])
     for name, spec in recipe.datasets.items():
@@ -197,15 +199,17 @@ def train(known: Known, model: Path, work: Path, settings: Settings, overrides: 
     return {"before": model, **{name: work / "stages" / name / "model" for name in recipe.stages}}
 
 
-def downstream(test: Test, embeddings: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+def downstream(asked: Questions, embeddings: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     """AUC and GAUC of the fixed ranker, by question and by ``embedding: features``."""
-    known, found = test.known, {}
+    known, found = asked.known, {}
     for question in ("liked", "chosen"):
-        rows = ranking_rows(known.interactions, known.split.time, question=question, items=known.items, seed=test.seed)
+        rows = ranking_rows(known.interactions, known.split.time, question=question, items=known.items, seed=asked.seed)
         base = base_features(rows, known.interactions, known.items)
         for name, vectors in embeddings.items():
             there = vectors.any(axis=1)
-            ids = fit_semantic_ids(torch.from_numpy(vectors[there]), scheme="rq", sizes=list(SID_SIZES), seed=test.seed)
+            ids = fit_semantic_ids(
+                torch.from_numpy(vectors[there]), scheme="rq", sizes=list(SID_SIZES), seed=asked.seed
+            )
             codes = ids.encode(torch.from_numpy(vectors)).numpy()
             sets = compare(rows, base, match_features(rows, vectors), sid_features(rows, codes))
             for features, values in sets.items():
@@ -222,17 +226,19 @@ def run_seed(seed: int, model: Path, work: Path, overrides: Sequence[str]) -> di
     settings = replace(SETTINGS, seed=seed)
     known = known_behaviour(*read_behaviour(MOVIELENS), settings)
     folders = train(known, model, work, settings, overrides)
-    test = Test(known, tables_of(work / "data"), seed)
+    asked = Questions(known, tables_of(work / "data"), seed)
     vectors = {
         name: embeddings_of(folder, known.items.records, work / f"items-{name}.npy") for name, folder in folders.items()
     }
-    found = {name: _kept(work / f"{name}.json", lambda v=values: test.embedding(v)) for name, values in vectors.items()}
-    beside = _kept(work / "recommenders.json", lambda: recommenders(test))
+    found = {
+        name: _kept(work / f"{name}.json", lambda v=values: asked.embedding(v)) for name, values in vectors.items()
+    }
+    beside = _kept(work / "recommenders.json", lambda: recommenders(asked))
     first, last = "content", list(vectors)[-1]
     chosen = {name: vectors[name] for name in (first, last)}
-    ranker = _kept(work / "ranker.json", lambda: downstream(test, chosen))
-    counts = {name: len(cases) for name, cases in test.cases.items()}
-    counts["unseen"] = sum(known.unseen[case.target] for case in test.cases["vanilla"])
+    ranker = _kept(work / "ranker.json", lambda: downstream(asked, chosen))
+    counts = {name: len(cases) for name, cases in asked.cases.items()}
+    counts["unseen"] = sum(known.unseen[case.target] for case in asked.cases["vanilla"])
     return {"table": beside | found, "ranker": ranker, "cases": {name: int(n) for name, n in counts.items()}}
 
 

@@ -168,6 +168,8 @@ def test_a_job_that_was_stopped_goes_on_and_another_one_is_refused(made, tmp_pat
     assert contents(tmp_path) == contents(made[0])
     with pytest.raises(ValueError, match="was made from other events, items or settings"):
         prepare(known_of(event_rows()), embed, tmp_path, replace(SETTINGS, seed=1), progress=False)
+    with pytest.raises(ValueError, match="or by another model"):
+        prepare(known_of(event_rows()), embed, tmp_path, SETTINGS, embedded_by="another", progress=False)
     with pytest.raises(ValueError, match="was made from other events, items or settings"):
         prepare(known_of(event_rows(1)), embed, tmp_path, SETTINGS, progress=False)
 

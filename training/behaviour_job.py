@@ -19,7 +19,7 @@ from .collate import Collator
 from .data.movielens import load_movielens
 from .recommendation.behaviour import Interactions, Items, load_interactions, load_items
 from .recommendation.prepare import Embed, Settings, known_behaviour, prepare
-from .survey import PART, embed
+from .survey import PART, embed, model_hash
 
 MOVIELENS = "movielens"
 
@@ -71,4 +71,5 @@ def run_behaviour(interactions: str, items: str | None, model: Path, out: Path, 
     known = known_behaviour(*read_behaviour(interactions, items), settings)
     loaded, processor = load_built(model)
     loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return prepare(known, embedder(loaded, Collator(processor)), out, settings)
+    embed_items = embedder(loaded, Collator(processor))
+    return prepare(known, embed_items, out, settings, embedded_by=model_hash(loaded))

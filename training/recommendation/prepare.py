@@ -125,12 +125,15 @@ def known_behaviour(interactions: Interactions, items: Items, settings: Settings
     return Known(kept, items, split, unseen, learned, report)
 
 
-def prepare(known: Known, embed: Embed, out: Path, settings: Settings, progress: bool = True) -> dict[str, Any]:
+def prepare(
+    known: Known, embed: Embed, out: Path, settings: Settings, *, embedded_by: str = "", progress: bool = True
+) -> dict[str, Any]:
     """Write the folder.
 
     Args:
         known: from `known_behaviour`.
         embed: makes the items' embeddings, which two interests and the graph teacher look at.
+        embedded_by: what tells one embedder from another, such as `survey.model_hash`.
         out: the folder; what the same job left there is kept.
         settings: as for `known_behaviour`.
         progress: show bars.
@@ -141,7 +144,7 @@ def prepare(known: Known, embed: Embed, out: Path, settings: Settings, progress:
     Raises:
         ValueError: the folder is another job's; an interest or a teacher refuses its evidence.
     """
-    _claim(out, _job(known, settings))
+    _claim(out, f"{_job(known, settings)} {embedded_by}".strip())
     _unless_there(out / "items.parquet", lambda path: write_items(known.items, path))
     _unless_there(out / "content.parquet", lambda path: _write_rows(content_rows(known.items, settings.seed), path))
     embeddings = _embeddings(known.items, embed, out / "embeddings.npy")
@@ -320,7 +323,7 @@ def _unless_there(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def _job(known: Known, settings: Settings) -> str:
-    """A hash of all that decides what is written, but for the model that embeds."""
+    """A hash of all that decides what is written, but for what embeds."""
     digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
     for column in (known.learned.user, known.learned.item, known.learned.time, known.learned.behaviours):
         digest.update(np.ascontiguousarray(column).tobytes())
@@ -341,7 +344,10 @@ def _claim(out: Path, job: str) -> None:
     if known is None:
         write_json(place, {"job": job})
     elif known != job:
-        raise ValueError(f"{out} was made from other events, items or settings; remove it, or name another folder.")
+        raise ValueError(
+            f"{out} was made from other events, items or settings, or by another model; remove it, or name another "
+            "folder."
+        )
 
 
 # --- report ---------------------------------------------------------------------------------------------------------
