@@ -52,6 +52,8 @@ I2I_KS = (50, 100)
 ID_CLUSTERS = 32
 ORACLE = "als"  # whose neighbours of unseen items are the truth that nobody learned
 SID_SIZES = (32, 32)
+# Questions that stand in one table: how they begin.
+GROUPS = (("vanilla", "filtered"), ("unseen",), ("copairs",), ("ID-i2i", "content-i2i"))
 
 
 @dataclass
@@ -255,18 +257,21 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
     return shown if len(values) < 2 else f"{shown} ±{(max(values) - min(values)) / 2:.{digits}f}"
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a line for each question, a column for each who was asked."""
-    columns = list(results[0]["table"])
-    rows = list(dict.fromkeys(row for column in columns for row in results[0]["table"][column]))
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for row in rows:
-        cells = []
-        for column in columns:
-            values = [result["table"][column][row] for result in results if row in result["table"][column]]
-            cells.append(spread(values) if values else "")
-        lines.append(f"| {row} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def tables(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown: a table for each group of questions, a line for each who was asked."""
+    asked = list(results[0]["table"])
+    known = list(dict.fromkeys(question for name in asked for question in results[0]["table"][name]))
+    parts = []
+    for begins in GROUPS:
+        columns = [question for question in known if question.startswith(begins)]
+        lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+        for name in asked:
+            runs = [result["table"][name] for result in results]
+            cells = [spread([run[column] for run in runs]) if column in runs[0] else "" for column in columns]
+            if any(cells):
+                lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
 
 
 def ranker_table(results: Sequence[dict[str, Any]]) -> str:
@@ -293,7 +298,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="JSON of the results")
     args = parser.parse_args(arguments)
     results = [run_seed(seed, args.model, args.work / str(seed), args.overrides) for seed in args.seeds]
-    print(f"{results[0]['cases']} cases\n\n{table(results)}\n\n{ranker_table(results)}")
+    print(f"{results[0]['cases']} cases\n\n{tables(results)}\n\n{ranker_table(results)}")
     if args.out is not None:
         write_json(args.out, dict(zip(map(str, args.seeds), results, strict=True)))
 

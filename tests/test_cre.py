@@ -14,7 +14,7 @@ from modeling_sail.evaluation.cre import (
     ranker_table,
     recommenders,
     spread,
-    table,
+    tables,
 )
 from modeling_sail.training.recommendation.prepare import tables_of
 
@@ -77,11 +77,15 @@ def test_tables_show_the_mean_and_half_the_distance_of_the_extremes() -> None:
     assert spread([0.1, 0.2, 0.4]) == "0.233 ±0.150"
     assert spread([0.25]) == "0.250"
     values = [{"base": {"auc": 0.7, "gauc": 0.6}, "id2item: both": {"auc": 0.7 + n, "gauc": 0.6}} for n in (0.1, 0.2)]
-    results = [
-        {"table": {"als": {"R@1": n}, "mini": {"R@1": 0.5, "tau": 0.1}}, "ranker": {"liked": values[n]}} for n in (0, 1)
+    asked = [
+        {"als": {"vanilla R@1": n}, "mini": {"vanilla R@1": 0.5, "filtered R@1": 0.1, "copairs tau": 0.2}}
+        for n in (0, 1)
     ]
-    assert "| R@1 | 0.500 ±0.500 | 0.500 ±0.000 |" in table(results)
-    assert "| tau |  | 0.100 ±0.000 |" in table(results)
+    results = [{"table": asked[n], "ranker": {"liked": values[n]}} for n in (0, 1)]
+    first, cold, copairs, _ = tables(results).split("\n\n")
+    assert first.splitlines()[0] == "| | vanilla R@1 | filtered R@1 |"
+    assert first.splitlines()[2:] == ["| als | 0.500 ±0.500 |  |", "| mini | 0.500 ±0.000 | 0.100 ±0.000 |"]
+    assert len(cold.splitlines()) == 2 and copairs.splitlines()[2:] == ["| mini | 0.200 ±0.000 |"]
     assert (
         "| liked | id2item: both | 0.8500 ±0.0500 | 0.1500 ±0.0500 | 0.6000 ±0.0000 | 0.0000 ±0.0000 |"
         in ranker_table(results)

@@ -191,7 +191,7 @@ EVENTS = st.lists(st.tuples(NAMES, NAMES, st.floats(0, 9), st.integers(0, 3)), m
 
 
 @given(EVENTS, EVENTS)
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 def test_nothing_from_the_split_on_changes_a_table(past: list[Event], future: list[Event]) -> None:
     """Whatever happens later, by whomever and with whatever, even users and items that were not there before."""
     past = [("b", "b", 0.0, 1), ("b", "d", 0.0, 1), *past]
