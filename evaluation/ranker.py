@@ -33,8 +33,8 @@ SECONDS_A_DAY = 86_400.0
 SMOOTHING = 5.0  # events that a share is believed to rest on before there are any
 ROWS_AT_ONCE = 1024
 NUM_ROUNDS = 100
-# Fixed: the ranker is a gauge, no contestant. Rows and columns are drawn for each tree, so that seeds differ. Leaves are
-# few and categories smoothed: a random code must not cost much. Scores do not depend on the threads, and one is the
+# Fixed: the ranker is a gauge, no contestant. Rows and columns are drawn for each tree, so that seeds differ. Leaves
+# are few and categories smoothed: a random code must not cost much. Scores do not depend on the threads, and one is the
 # fastest on data of this size, as several wait for each other at each split.
 SETTINGS: dict[str, Any] = {
     "objective": "binary",

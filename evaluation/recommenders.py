@@ -168,7 +168,7 @@ def train_sasrec(
     layers: int = 2,
     heads: int = 2,
     length: int = 50,
-    epochs: int = 40,
+    epochs: int = 30,
     patience: int = 6,
     dropout: float = 0.2,
     batch_size: int = 32,
