@@ -25,7 +25,7 @@ import torch
 from ..training.behaviour_job import MOVIELENS, embedder, read_behaviour
 from ..training.build import load_built
 from ..training.collate import Collator
-from ..training.files import write_json
+from ..training.files import whole, write_json
 from ..training.recipe import load_recipe
 from ..training.recommendation.interests import Limits, Pair
 from ..training.recommendation.prepare import Known, Settings, clusters_of, known_behaviour, prepare, tables_of
@@ -170,7 +170,7 @@ def recommenders(asked: Questions) -> dict[str, Values]:
 
 
 def label_popularity(popular: np.ndarray, labels: Sequence[frozenset[str]]) -> np.ndarray:
-    """(I,) what an item's labels say of its popularity, the mean of the means of their items; no event of its own."""
+    """(I,) what an item's labels say of its popularity, the mean of the means of their items: all of an unseen item."""
     names = sorted(set().union(*labels))
     hot = np.array([[name in some for name in names] for some in labels], dtype=np.float32)  # (I, L)
     means = hot.T @ popular / np.maximum(hot.sum(axis=0), 1)
@@ -181,7 +181,8 @@ def embeddings_of(folder: Path, items: Sequence[dict[str, Any]], kept: Path) -> 
     """(I, D) by a saved model; what is in ``kept`` already is read."""
     if not kept.is_file():
         model, processor = load_built(folder)
-        np.save(kept, embedder(model.eval(), Collator(processor))(items))
+        with whole(kept) as partial, partial.open("wb") as file:
+            np.save(file, embedder(model.eval(), Collator(processor))(items))
     return np.load(kept, allow_pickle=False)
 
 

@@ -87,30 +87,6 @@ def _common_names(items: Items, field: str) -> np.ndarray:
     return (there @ there.T).toarray()
 
 
-def neighbour_relevant(vectors: np.ndarray, k: int = 50) -> np.ndarray:
-    """The k nearest in a table of ID embeddings, by cosine: what ID-i2i asks an embedding to find (section 4.2).
-
-    Args:
-        vectors: (I, D); an item without a vector has a zero row: it is near nothing.
-        k: neighbours of each item; of equally near ones the first. The paper names none; with 50, Recall@50 can be 1.
-
-    Returns:
-        (I, I) bool, k in each row of an item with a vector, False on the diagonal.
-
-    Raises:
-        ValueError: vectors of another shape or not finite, or not more than k items have one.
-    """
-    cosines = cosine_matrix(vectors, vectors)
-    np.fill_diagonal(cosines, -np.inf)
-    there = has_vector(unit_vectors(vectors))
-    if not 1 <= k < there.sum():
-        raise ValueError(f"k={k} must be at least 1 and below the {int(there.sum())} items with a vector.")
-    nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
-    relevant = np.zeros_like(cosines, dtype=bool)
-    np.put_along_axis(relevant, nearest, True, axis=1)
-    return relevant & there[:, None]
-
-
 def cluster_relevant(clusters: np.ndarray) -> np.ndarray:
     """Items of the same cluster, the paper's ID-i2i: "clusters of ID embeddings" (section 4.1).
 

@@ -71,10 +71,10 @@ class SequenceTransformer(nn.Module):
         # A vector of length 1 has components of 1 / sqrt(D): brought to the size that layers expect.
         tokens = unit * unit.shape[-1] ** 0.5 + places
         special = self.special.expand(len(items), 1, -1)
-        tokens = torch.cat([special, tokens], dim=1)  # (B, 1 + L, D)
+        tokens = torch.cat([special, tokens.to(special.dtype)], dim=1)  # (B, 1 + L, D)
         absent = torch.cat([mask.new_zeros(len(mask), 1), ~mask], dim=1)
         read = self.layers(tokens, src_key_padding_mask=absent)[:, 0]
-        return mean_of_sequence(items, mask) + self.output(read)
+        return mean_of_sequence(items, mask) + self.output(read).float()
 
 
 class BehaviourHeads(nn.Module):
@@ -118,7 +118,9 @@ class BehaviourHeads(nn.Module):
             raise ValueError(
                 f"Table {name!r} has vectors of {vectors.shape[-1]} dims; its projection takes {self.tables[name]}."
             )
-        return self.projections[list(self.tables).index(name)](nn.functional.normalize(vectors.float(), dim=-1))
+        projection = self.projections[list(self.tables).index(name)]
+        unit = nn.functional.normalize(vectors.float(), dim=-1)
+        return projection(unit.to(projection.weight.dtype)).float()  # weights may be kept in bfloat16
 
     def take_over(self, other: BehaviourHeads) -> list[str]:
         """Copy the parts of other heads that are of the same kind; returns their names."""
@@ -133,18 +135,21 @@ class BehaviourHeads(nn.Module):
                 taken.append(name)
         return taken
 
-    def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
-        """Write ``behaviour_heads.safetensors`` into a folder, beside a model's own files; whole or not at all.
+    def joined(self, before: BehaviourHeads) -> BehaviourHeads:
+        """These heads, and what only the ones before them have."""
+        sequence = "mean" if self.sequence is None and before.sequence is None else "transformer"
+        heads = BehaviourHeads(self.width, sequence, {**before.tables, **self.tables})
+        heads.take_over(before)
+        heads.take_over(self)
+        return heads
 
-        Args:
-            folder: made where it is missing.
-            state: the weights, where many ranks hold them.
-        """
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``behaviour_heads.safetensors`` into a folder, beside a model's own files; whole or not at all."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         sequence = "mean" if self.sequence is None else "transformer"
         settings = {"width": self.width, "sequence": sequence, "tables": self.tables}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in (state or self.state_dict()).items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         tensors = tensors or {"none": torch.zeros(0)}
         partial = folder / f"{FILE_NAME}.partial"
         save_file(tensors, partial, metadata={"behaviour_heads": json.dumps(settings)})

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import torch
 from tqdm.auto import tqdm
 
-from .items_sail import ItemStatus
+from .items_sail import KNOWN_FIELDS, ItemStatus
 from .sentence_transformer_sail import SailSentenceTransformer
 
 PART = 256  # items of a part: what a kill can cost, and the window in which items are sorted by length
@@ -39,21 +39,25 @@ FIELD_OF = {suffix: field for field, suffixes in SUFFIXES.items() for suffix in 
 
 
 def read_items(source: Path) -> list[tuple[str, Any]]:
-    """(id, item) of every item of a JSONL file or a folder, in a stable order.
+    """(id, item) of every item of a JSONL or Parquet file or a folder, in a stable order.
 
     A JSONL line is an item; media paths are relative to the file; without an ``id`` its line number is one. A line that
     is no JSON object becomes an item that fails with that reason. In a folder, files of the same name but for the
     ending are one item: ``cat.png`` and ``cat.ogg`` and ``cat.txt`` (its text).
 
+    A Parquet file has the fields of items as columns, as `sail behaviour` writes them; what is no field is passed over.
+
     Raises:
-        ValueError: the source is neither, or holds nothing.
+        ValueError: the source is none of these, or holds nothing.
     """
     if source.is_dir():
         items = list(_folder_items(source))
+    elif source.suffix == ".parquet" and source.is_file():
+        items = list(_parquet_items(source))
     elif source.is_file():
         items = list(_jsonl_items(source))
     else:
-        raise ValueError(f"{source} is neither a JSONL file nor a folder.")
+        raise ValueError(f"{source} is neither a JSONL or Parquet file nor a folder.")
     if not items:
         raise ValueError(f"{source} holds no items: a JSONL file has one JSON object a line, a folder media files.")
     return items
@@ -72,6 +76,19 @@ def _jsonl_items(source: Path) -> Iterator[tuple[str, Any]]:
             if isinstance(item, dict):
                 item = {name: _resolved(name, value, source.parent) for name, value in item.items()}
             yield _item_id(item, number), item
+
+
+def _parquet_items(source: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        table = pq.read_table(source)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{source} is not a whole Parquet file ({error}); write it again.") from error
+    fields = [name for name in table.column_names if name in KNOWN_FIELDS]
+    if set(fields) <= {"id"}:
+        raise ValueError(f"{source} has the columns {table.column_names}; items have any of {', '.join(KNOWN_FIELDS)}.")
+    for number, row in enumerate(table.select(fields).to_pylist()):
+        item = {name: _resolved(name, value, source.parent) for name, value in row.items() if value is not None}
+        yield _item_id(item, number), item
 
 
 def _item_id(item: Any, number: int) -> str:

@@ -330,3 +330,9 @@ def test_what_is_chosen_and_from_what_is_part_of_a_stages_fingerprint(recipe_of)
     other = load_recipe(recipe_of({"stages.base.balance": {}, "validation.near.path": "x.jsonl"})).fingerprint("base")
     assert len({plain, mined, balanced, other}) == 4
     assert plain == load_recipe(recipe_of({"validation.near.path": "x.jsonl"})).fingerprint("base")
+
+
+def test_a_fingerprint_stays_what_it_was_when_settings_are_added() -> None:
+    """Of the shipped recipe `mini` as it was run: what it trained must not be refused by a later version."""
+    recipe = load_recipe("mini", ["model=runs/mini/warm", "defaults.feature_cache=runs/mini", "seed=0"])
+    assert recipe.fingerprint("all") == "10b2041c8d60acfd69d3653cc55e26261d69e272bc20d07736715cb52a148bda"

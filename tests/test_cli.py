@@ -88,6 +88,26 @@ def test_parts_of_another_job_are_not_mixed_in(catalogue, tiny_folder, tmp_path,
     assert "another job" in capsys.readouterr().err
 
 
+def test_items_come_from_parquet_too(tmp_path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {"id": 7, "title": "a", "image": "a.png", "labels": ["x"]},
+        {"id": 8, "title": None, "image": "b.png", "labels": []},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "items.parquet")
+    found = dict(encode_job.read_items(tmp_path / "items.parquet"))
+    assert found["7"] == {"id": 7, "title": "a", "image": str(tmp_path / "a.png")}
+    assert found["8"] == {"id": 8, "image": str(tmp_path / "b.png")}
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "items.parquet").read_bytes()[:50])
+    with pytest.raises(ValueError, match="cut.parquet is not a whole Parquet file"):
+        encode_job.read_items(tmp_path / "cut.parquet")
+    pq.write_table(pa.table({"id": [1], "labels": [["x"]]}), tmp_path / "bare.parquet")
+    with pytest.raises(ValueError, match="items have any of id, text, title"):
+        encode_job.read_items(tmp_path / "bare.parquet")
+
+
 def test_files_of_one_name_in_a_folder_are_one_item(tmp_path) -> None:
     (tmp_path / "sub").mkdir()
     picture(1).save(tmp_path / "sub" / "cat.png")
@@ -114,7 +134,10 @@ def test_search_finds_an_item_by_itself(catalogue, tiny_folder, tmp_path, capsys
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["encode", "nowhere.jsonl", "--model", "MODEL", "--out", "x.parquet"], "neither a JSONL file nor a folder"),
+        (
+            ["encode", "nowhere.jsonl", "--model", "MODEL", "--out", "x.parquet"],
+            "neither a JSONL or Parquet file nor a folder",
+        ),
         (["encode", "ITEMS", "--model", "nowhere", "--out", "x.parquet"], "holds no model"),
         (["encode", "ITEMS", "--model", "MODEL", "--out", "x.parquet", "--task", "i3i"], "i3i"),
         (["search", "--index", "nowhere.parquet", "--model", "MODEL", "--text", "x"], "no file nowhere.parquet"),

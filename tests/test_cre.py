@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from modeling_sail.evaluation import cre
@@ -63,7 +61,7 @@ def test_every_question_has_an_answer_between_0_and_1(trained, monkeypatch) -> N
     truth[np.arange(24), (np.arange(24) >= 12).astype(int)] = 1  # the two tastes
     assert (
         asked.embedding(truth + 0.01 * np.random.default_rng(0).normal(size=truth.shape))["vanilla R@10"]
-        > mine["vanilla R@1"]
+        > mine["vanilla R@10"]
     )
 
 
@@ -99,4 +97,3 @@ def test_an_answer_that_is_there_is_read(tmp_path) -> None:
 
 def test_the_settings_of_the_tables_set_items_aside() -> None:
     assert 0 < cre.SETTINGS.unseen_share < 0.5
-    assert replace(cre.SETTINGS, seed=2).seed == 2

@@ -15,7 +15,6 @@ from modeling_sail.evaluation.item_to_item import (
     content_pairs_relevant,
     copair_targets,
     i2i_recall,
-    neighbour_relevant,
 )
 from modeling_sail.training.recommendation.behaviour import Interactions, Items
 
@@ -56,17 +55,6 @@ def test_films_are_related_by_a_director_or_two_of_the_cast() -> None:
     assert not content_pairs_relevant(bare).any()
     lists = Items.from_table(pa.table({"id": list("ab"), "ocr": [["Ann", "Bob"], ["Bob, Ann"]]}))
     assert content_pairs_relevant(lists).sum() == 2
-
-
-def test_neighbours_are_the_k_nearest_of_those_with_a_vector() -> None:
-    degrees = np.deg2rad([0, 10, 30, 80])
-    vectors = np.concatenate([np.stack([np.cos(degrees), np.sin(degrees)], axis=1), np.zeros((1, 2))])
-    expected = [[0, 1, 0, 0, 0], [1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0] * 5]
-    assert neighbour_relevant(vectors, 1).tolist() == np.array(expected, dtype=bool).tolist()
-    assert neighbour_relevant(vectors, 3).sum() == 4 * 3
-    for k in (0, 4):
-        with pytest.raises(ValueError, match=f"k={k} must be at least 1 and below the 4 items"):
-            neighbour_relevant(vectors, k)
 
 
 def test_clusters_relate_their_members_and_a_negative_one_is_none() -> None:

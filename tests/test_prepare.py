@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from modeling_sail.training.behaviour_job import read_behaviour
 from modeling_sail.training.recommendation import prepare as room
-from modeling_sail.training.recommendation.behaviour import Interactions, Items
+from modeling_sail.training.recommendation.behaviour import Interactions, Items, load_items
 from modeling_sail.training.recommendation.interests import INTERESTS, Limits, earlier, mine_interests
 from modeling_sail.training.recommendation.prepare import (
     Settings,
@@ -28,6 +28,8 @@ from modeling_sail.training.recommendation.teachers import TeacherSettings
 from modeling_sail.training.rows import as_row
 
 from modeling_sail.cli import main
+
+from .conftest import picture
 
 NUM_USERS, NUM_ITEMS = 30, 24
 SPLIT = 1000.0
@@ -150,6 +152,9 @@ def test_several_targets_are_the_newest_each_with_what_came_before() -> None:
     assert [len(one.items) for one in cut] == [len(history.items) - place for place in range(4)]
     assert list(earlier(history, 1))[0] is history
     assert len(list(earlier(history, 1))) == 1
+    twice = history._replace(**{name: np.repeat(getattr(history, name), 2) for name in ("items", "times", "counts")})
+    lengths = [2 * len(history.items) - 2 * n for n in range(3)]  # an item that was chosen twice is one target
+    assert [len(one.items) for one in earlier(twice, 1, Limits(targets=3))] == lengths
     assert len(list(earlier(history, 99, Limits(targets=4)))) == 1  # its reason is still to be told
 
 
@@ -181,11 +186,57 @@ def test_content_rows_ask_for_the_whole_item_by_a_part_of_it() -> None:
     for row, record in zip(rows, items.records, strict=False):
         read = as_row(row, "r")
         assert read.target == record and read.target_id == record["id"]
-        assert 0 < len(read.query) < len(record) - 1 + 1
+        assert 0 < len(read.query) < len(record) - 1
         assert "id" not in read.query
         assert all(record[name] == value for name, value in read.query.items())
     fewer = Items.from_table(pa.Table.from_pylist(item_rows()[5:]))
     assert content_rows(fewer) == rows[5:]  # a part does not depend on who else is there
+
+
+def test_items_alike_but_for_their_id_are_no_negatives_of_each_other() -> None:
+    twins = [*item_rows()[:3], {**item_rows()[0], "id": "twin"}]
+    rows = content_rows(Items.from_table(pa.Table.from_pylist(twins)))
+    assert [row["target_id"] for row in rows] == ["i0", "i1", "i2"]
+
+
+def test_media_are_named_from_anywhere_and_bytes_are_refused(tmp_path, monkeypatch) -> None:
+    (tmp_path / "pics").mkdir()
+    picture(1).save(tmp_path / "pics" / "0.png")
+    monkeypatch.chdir(tmp_path.parent)
+    rows = [{"id": "a", "title": "t", "image": "pics/0.png"}]
+    items = Items.from_table(pa.Table.from_pylist(rows), folder=Path(tmp_path.name))
+    (tmp_path / "out").mkdir()
+    room.write_items(items, tmp_path / "out" / "items.parquet")
+    assert load_items(tmp_path / "out" / "items.parquet").records[0]["image"] == str(tmp_path / "pics" / "0.png")
+    assert json.loads(content_rows(items)[0]["target"])["image"] == str(tmp_path / "pics" / "0.png")
+    raw = Items.from_table(pa.table({"id": ["a"], "title": ["t"], "image": [b"123"]}))
+    with pytest.raises(ValueError, match="item 'a': image is a bytes, which cannot be written by name"):
+        content_rows(raw)
+
+
+def test_labels_and_users_are_part_of_the_job(tmp_path) -> None:
+    prepare(known_of(event_rows()), embed, tmp_path, SETTINGS, progress=False)
+    known = known_of(event_rows())
+    for changed in (
+        replace(known, items=replace(known.items, labels=(frozenset(),) * len(known.items))),
+        replace(known, learned=replace(known.learned, user_ids=tuple(f"x{name}" for name in known.learned.user_ids))),
+    ):
+        with pytest.raises(ValueError, match="was made from other events, items or settings"):
+            prepare(changed, embed, tmp_path, SETTINGS, progress=False)
+
+
+def test_a_folder_with_somebodys_files_is_left_alone(tmp_path) -> None:
+    (tmp_path / "tables.parquet").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="which this command would write; name a folder of its own"):
+        prepare(known_of(event_rows()), embed, tmp_path, SETTINGS, progress=False)
+    assert (tmp_path / "tables.parquet").read_bytes() == b"mine"
+
+
+def test_items_of_one_field_have_no_auxiliary_task(tmp_path) -> None:
+    known = known_of(event_rows())
+    bare = tuple({"id": record["id"], "title": record["title"]} for record in known.items.records)
+    prepare(replace(known, items=replace(known.items, records=bare)), embed, tmp_path, SETTINGS, progress=False)
+    assert not (tmp_path / "content.parquet").exists()
 
 
 def test_items_without_an_embedding_are_a_cluster_of_their_own() -> None:

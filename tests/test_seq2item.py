@@ -66,6 +66,18 @@ def test_a_sequence_may_hold_the_items_themselves() -> None:
     assert row.query == ({"title": "a"}, {"title": "b"})
 
 
+def test_ids_without_a_table_of_items_are_not_read_as_texts() -> None:
+    for record in ({"sequence": ["i1", "i2"], "target": "i3"}, {"item": "i1"}):
+        with pytest.raises(RowError, match="for ids, the dataset needs its table of items"):
+            as_row(record, "r")
+
+
+def test_ids_may_be_numbers_of_numpy() -> None:
+    items = {"3": {"id": "3", "title": "three"}, "4": {"id": "4", "title": "four"}}
+    row = as_row({"sequence": np.array([3, 4]), "target": np.int64(4)}, "r", items=items)
+    assert [item["id"] for item in row.query] == ["3", "4"]
+
+
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
@@ -86,7 +98,7 @@ def test_a_row_that_cannot_be_says_why(record, reason) -> None:
 
 def test_sequences_are_not_surveyed(tiny, tmp_path) -> None:
     dataset = TrainingDataset("films", film_rows((0, 1), (2, 3)))
-    with pytest.raises(ValueError, match="its query is a sequence, not an item: leave the dataset out"):
+    with pytest.raises(ValueError, match="its query is a sequence, not an item: leave the dataset out of mine"):
         survey(*(tiny[0], Collator(tiny[1])), dataset, tmp_path)
 
 
@@ -117,13 +129,49 @@ def test_an_item_that_cannot_be_read_leaves_the_rest_of_its_sequence(tiny) -> No
     rows[2] = Row("r2", (ITEMS["i5"],), broken, "x")
     batch = Collator(tiny[1])(draw_of(rows))
     assert batch["owners"].tolist() == [0, 0, 1]
-    assert [name for name, _ in batch["skipped"]] == ["r0", "r1", "r2"]
+    assert [name for name, _ in batch["skipped"]] == ["item x", "r1", "r2"]  # of the first row an item alone is lost
     assert all("none.png" in reason for _, reason in batch["skipped"])
 
 
 def test_dropped_fields_are_dropped_once_for_all_places_of_an_item(tiny) -> None:
     batch = Collator(tiny[1], field_dropout=0.5)(draw_of(film_rows(*[(0, 1, n) for n in range(2, 8)])))
     assert len(batch["items"]["attention_mask"]) == 8
+    nameless = [
+        Row(f"r{n}", ({"title": "a", "ocr": "b"}, {"title": "c", "ocr": "d"}), {"title": "e"}, "e") for n in range(6)
+    ]
+    assert len(Collator(tiny[1], field_dropout=0.5)(draw_of(nameless))["items"]["attention_mask"]) == 3
+
+
+def test_what_is_dropped_of_a_shared_item_is_the_same_on_every_rank(tiny) -> None:
+    rows = TrainingDataset("films", sequence_rows())
+    batches = [
+        SpecializedBatches([rows], Collator(tiny[1], field_dropout=0.5), 16, seed=3, rank=n, world_size=2)
+        for n in (0, 1)
+    ]
+    whole = SpecializedBatches([rows], Collator(tiny[1], field_dropout=0.5), 16, seed=3).batch(4)
+    known = {
+        tuple(ids[mask.bool()].tolist())
+        for ids, mask in zip(*(whole["items"][k] for k in ("input_ids", "attention_mask")), strict=True)
+    }
+    for part in (one.batch(4) for one in batches):
+        ids, mask = part["items"]["input_ids"], part["items"]["attention_mask"]
+        assert {tuple(line[there.bool()].tolist()) for line, there in zip(ids, mask, strict=True)} <= known
+
+
+def test_a_sequence_of_one_item_is_a_sequence(tiny) -> None:
+    batch = Collator(tiny[1])(draw_of(film_rows((0, 1), (2, 3, 4))))
+    heads = BehaviourHeads(8, "transformer")
+    torch.nn.init.normal_(heads.sequence.output.weight)
+    items = torch.randn(len(batch["items"]["attention_mask"]), 8)
+    places = in_places(items, batch["members"], batch["owners"], batch["sequences"], heads)
+    torch.testing.assert_close(places[0], heads.encode_sequence(items[None, :1], torch.ones(1, 1).bool())[0])
+    assert not torch.allclose(places[0], F.normalize(items[0], dim=0), atol=1e-2)
+
+
+def test_heads_keep_their_weights_in_bfloat16() -> None:
+    heads = BehaviourHeads(32, "transformer", {"a": 5}).bfloat16()
+    assert heads.project("a", torch.randn(3, 5)).dtype == torch.float32
+    assert heads.encode_sequence(torch.randn(2, 3, 32), torch.ones(2, 3).bool()).isfinite().all()
 
 
 def test_a_batch_brings_the_id_embeddings_of_its_items(tiny) -> None:
@@ -140,9 +188,10 @@ def test_places_are_items_or_means_of_sequences(lists) -> None:
     items = torch.randn(7, 6, generator=torch.Generator().manual_seed(0))
     members = torch.tensor([member for some in lists for member in some])
     owners = torch.tensor([owner for owner, some in enumerate(lists) for _ in some])
-    found = in_places(items, members, owners, BehaviourHeads(6))
+    sequences = torch.tensor([len(some) > 1 or place % 2 == 0 for place, some in enumerate(lists)])
+    found = in_places(items, members, owners, sequences, BehaviourHeads(6))
     for place, some in enumerate(lists):
-        wanted = items[some[0]] if len(some) == 1 else F.normalize(items[some], dim=1).mean(dim=0)
+        wanted = F.normalize(items[some], dim=1).mean(dim=0) if sequences[place] else items[some[0]]
         torch.testing.assert_close(found[place], wanted)
 
 
@@ -338,6 +387,20 @@ def test_stages_leave_heads_beside_the_model_and_the_next_goes_on_with_them(reci
     assert 0 < (both[special] - sequence[special]).abs().max() < sequence[special].abs().max() * 20
     logged = json.loads((tmp_path / "out" / "id2item" / "log.json").read_text())
     assert any("loss/id2item/my.bpr" in line for line in logged)
+
+
+def test_heads_that_a_stage_has_no_use_for_are_kept(recipe, tmp_path) -> None:
+    options = ["stages.id2item.sequence_encoder=mean", "stages.id2item.datasets={ids: 1}", "stages.id2item.steps=2"]
+    folder = run_recipe(load_recipe(recipe, options))
+    before, after = weights(tmp_path / "out" / "seq2item" / "model" / FILE_NAME), weights(folder / FILE_NAME)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert set(after) > set(before)
+
+
+def test_a_table_that_knows_no_item_is_refused(recipe, tmp_path) -> None:
+    save_tables([IDTable("als", ("film_1", "film_2"), np.eye(2, dtype=np.float32))], tmp_path / "tables.parquet")
+    with pytest.raises(ValueError, match="datasets.ids.tables: not one of the 2 ids of table 'als', such as 'film_1'"):
+        run_recipe(load_recipe(recipe))
 
 
 def test_a_stage_with_heads_resumes_to_the_same_parameters(recipe, tmp_path) -> None:

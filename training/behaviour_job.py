@@ -5,6 +5,7 @@ Unusual: items are embedded without an instruction, as one embedding of an item 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def run_behaviour(interactions: str, items: str | None, model: Path, out: Path, 
     """
     if not (model / "config.json").is_file():
         raise FileNotFoundError(f"There is no model in {model}; `sail build --preset mini --out DIR` makes one.")
-    known = known_behaviour(*read_behaviour(interactions, items), settings)
+    known = known_behaviour(*read_behaviour(interactions, items), settings, now=time.time())
     loaded, processor = load_built(model)
     loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     embed_items = embedder(loaded, Collator(processor))

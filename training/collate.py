@@ -7,6 +7,7 @@ reported; the batch is then smaller, on this rank alone.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ class Entry(NamedTuple):
     slot: int
     item: Item
     instruction: str
+    key: str = ""  # where rows share items: who it is
 
 
 @dataclass
@@ -71,16 +73,16 @@ class Collator:
         Returns:
             ``items``: keyword arguments of the model for the items, in the order of [queries, targets, negatives];
             ``members`` and ``owners`` (S,), only where rows share items or have sequences: the item of each member and
-            the place that it belongs to; ``parts`` (2 B + H, 5), what each place has (patterns.py), nothing for
-            sequences; ``target_ids`` (B,), equal where targets are; ``negative_slots`` (H, 2), row and number of each
-            negative; ``negative_mask`` (H,), False where it is the row's target after all; ``scores`` (B,) and
-            ``teacher_scores`` (B, C), NaN where there is none; ``item_ids`` (U,), ``said_ids`` (U,), with the
-            instruction, and by table ``tables`` (U, E) and
-            ``table_rows`` (U,) the ID embeddings and which items have one; ``dataset``, its name; ``patterns`` and
-            ``losses``, its own; ``skipped``, names and reasons; ``asked``, how many rows were drawn.
+            the place that it belongs to, and ``sequences`` (B,), which queries are sequences; ``parts`` (2 B + H, 5),
+            what each place has (patterns.py), nothing for sequences; ``target_ids`` (B,), equal where targets are;
+            ``negative_slots`` (H, 2), row and number of each negative; ``negative_mask`` (H,), False where it is the
+            row's target after all; ``scores`` (B,) and ``teacher_scores`` (B, C), NaN where there is none; ``item_ids``
+            (U,), ``said_ids`` (U,), with the instruction, and by table ``tables`` (U, E) and ``table_rows`` (U,), the
+            ID embeddings and which items have one; ``dataset``, its name; ``patterns`` and ``losses``, its own;
+            ``skipped``, names and reasons; ``asked``, how many rows were drawn.
         """
-        entries = self._entries(draw)
         shared = _shares_items(draw)
+        entries = self._entries(draw, shared)
         firsts, item_of = _once(entries) if shared else (entries, list(range(len(entries))))
         prepared = self.prepare([entry.item for entry in firsts])
         good, skipped = _good_entries(draw, entries, [prepared[place].reason for place in item_of])
@@ -92,7 +94,7 @@ class Collator:
         parts = [prepared[item].parts() for item in used]
         return {
             "items": self.pad([prepared[item] for item in used], [firsts[item].instruction for item in used]),
-            **({"members": members, "owners": slots.owners} if shared else {}),
+            **({"members": members, "owners": slots.owners, "sequences": _sequences(draw, rows)} if shared else {}),
             "parts": _parts_of_places(parts, members, slots.owners, [draw.rows[row] for row in rows]),
             **_labels([draw.rows[row] for row in rows], slots.negatives),
             **_id_embeddings(draw, [firsts[item] for item in used]),
@@ -103,8 +105,11 @@ class Collator:
             "asked": draw.size,
         }
 
-    def _entries(self, draw: Draw) -> list[Entry]:
-        """[queries, targets, negatives], each in the order of the rows, text fields dropped."""
+    def _entries(self, draw: Draw, shared: bool) -> list[Entry]:
+        """[queries, targets, negatives], each in the order of the rows, text fields dropped.
+
+        A shared item loses the same fields wherever it is in the step, on whatever rank.
+        """
         query, target = (self.processor.instruction_for(draw.task, side) for side in draw.dataset.sides)
         entries = []
         for row, generator in enumerate(draw.generators):
@@ -113,7 +118,9 @@ class Collator:
             roles += [(TARGET + place, item) for place, item in enumerate((given.target, *given.negatives))]
             for slot, item in roles:
                 said = query if slot == QUERY else target
-                entries.append(Entry(row, slot, dropped_fields(item, self.field_dropout, generator), said))
+                key = item_key(item) if shared else ""
+                drops = random.Random(f"{draw.step}/{key}") if shared else generator
+                entries.append(Entry(row, slot, dropped_fields(item, self.field_dropout, drops), said, key))
         return sorted(entries, key=lambda entry: (min(entry.slot, NEGATIVE), entry.row, entry.slot))
 
     def encode_items(self, items: Sequence[Item], instruction: str = "") -> dict[str, Tensor]:
@@ -192,7 +199,7 @@ def _once(entries: Sequence[Entry]) -> tuple[list[Entry], list[int]]:
     places: dict[tuple[str, str], int] = {}
     firsts, found = [], []
     for entry in entries:
-        key = item_key(entry.item), entry.instruction
+        key = entry.key, entry.instruction
         if key not in places:
             places[key] = len(firsts)
             firsts.append(entry)
@@ -213,8 +220,9 @@ def _good_entries(
         if not reason:
             continue
         role = ("query", "target", f"negative {entry.slot - NEGATIVE + 1}")[min(entry.slot, NEGATIVE)]
-        skipped.append((draw.rows[entry.row].id, f"{role}: {reason}"))
-        if entry.slot == TARGET or (entry.slot == QUERY and entry.row not in queries):
+        partly = entry.slot == QUERY and entry.row in queries  # a sequence that has others: its item is what is lost
+        skipped.append((f"item {entry.key}" if partly else draw.rows[entry.row].id, f"{role}: {reason}"))
+        if entry.slot < NEGATIVE and not partly:
             left.add(entry.row)
     good = [number for number, reason in enumerate(reasons) if not reason and entries[number].row not in left]
     return good, skipped
@@ -240,6 +248,11 @@ def _slots(entries: Sequence[Entry], rows: Sequence[int]) -> Slots:
     return Slots(torch.tensor(owners, dtype=torch.long), negatives)
 
 
+def _sequences(draw: Draw, rows: Sequence[int]) -> Tensor:
+    """(B,) which queries are sequences, be it of one item."""
+    return torch.tensor([isinstance(draw.rows[row].query, tuple) for row in rows], dtype=torch.bool)
+
+
 def _parts_of_places(parts: Sequence[Tensor], members: Tensor, owners: Tensor, rows: Sequence[Row]) -> Tensor:
     """(2 B + H, 5) what each place has; nothing for a sequence, which has no single modality to contrast."""
     found = torch.zeros(int(owners.max()) + 1 if len(owners) else 0, len(LETTERS), dtype=torch.bool)
@@ -252,7 +265,7 @@ def _parts_of_places(parts: Sequence[Tensor], members: Tensor, owners: Tensor, r
 def _id_embeddings(draw: Draw, entries: Sequence[Entry]) -> dict[str, Any]:
     """Numbers of the items, and by table their ID embeddings and which items have one."""
     entries = entries if draw.dataset.tables else []
-    ids = [item_key(entry.item) for entry in entries]
+    ids = [entry.key or item_key(entry.item) for entry in entries]
     said = [f"{entry.instruction}\n{name}" for entry, name in zip(entries, ids, strict=True)]
     rows = {name: table.rows_for(ids) for name, table in draw.dataset.tables.items()}
     return {

@@ -23,7 +23,6 @@ import pyarrow.parquet as pq
 import torch
 from tqdm.auto import tqdm
 
-from ..items_sail import MEDIA_FIELDS
 from ..modeling_sail import SailEmbeddingModel
 from .build import load_built
 from .collate import Collator
@@ -33,7 +32,7 @@ from .files import whole, write_json, write_text
 from .mining import MEMORY_BYTES, Mined, mine, summary
 from .pages import curve_plot, items_row, page, table, thinned
 from .recipe import DatasetSpec
-from .rows import Item, TrainingDataset, with_negatives
+from .rows import Item, TrainingDataset, named_by_path, with_negatives
 from .survey import Survey, survey
 
 ROW_GROUP = 512  # rows held while they are written
@@ -170,25 +169,10 @@ def _as_text(item: Item, row: str, name: str | None = None) -> str:
     Raises:
         ValueError: a medium, or anything else, that JSON cannot hold.
     """
-    fields = {"text": item} if isinstance(item, str) else dict(item)
-    for field in MEDIA_FIELDS:
-        value = fields.get(field)
-        if value is not None:
-            fields[field] = (
-                [_path(part, row, field) for part in value] if isinstance(value, list) else _path(value, row, field)
-            )
+    fields = named_by_path(item, f"row {row!r}")
     if name is not None:
         fields["id"] = name
     return json.dumps(fields, ensure_ascii=False)
-
-
-def _path(value: Any, row: str, field: str) -> str:
-    if not isinstance(value, (str, Path)):
-        raise ValueError(
-            f"row {row!r}: {field} is a {type(value).__name__}, which cannot be written by name; give paths of files, "
-            "or mine within a training (mine: in a recipe's stage), which writes none."
-        )
-    return str(value) if "://" in str(value) else str(Path(value).absolute())
 
 
 # --- the report -----------------------------------------------------------------------------------------------------

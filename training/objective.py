@@ -79,7 +79,7 @@ class Step:
         self.embeddings = self.items
         if "members" in self.batch:
             heads = BehaviourHeads(self.dims[-1]) if self.heads is None else self.heads
-            where = self.batch["members"], self.batch["owners"]
+            where = self.batch["members"], self.batch["owners"], self.batch["sequences"]
             self.embeddings = {kind: in_places(values, *where, heads) for kind, values in self.items.items()}
 
     @property
@@ -111,26 +111,27 @@ class Step:
         return self.batch["parts"][: self.size], self.batch["parts"][self.size : 2 * self.size]
 
 
-def in_places(items: Tensor, members: Tensor, owners: Tensor, heads: BehaviourHeads) -> Tensor:
+def in_places(items: Tensor, members: Tensor, owners: Tensor, sequences: Tensor, heads: BehaviourHeads) -> Tensor:
     """(U, D) items to (M, D) embeddings of the places that they belong to.
 
     Args:
         items: encoded once each.
         members: (S,) items.
-        owners: (S,) the place in [0, M) of each member, rising; one with several members is a sequence, oldest first.
+        owners: (S,) the place in [0, M) of each member, rising; the members of a sequence are oldest first.
+        sequences: (B,) which of the first B places are sequences; every other place has one member.
         heads: encode sequences.
     """
     sizes = torch.bincount(owners)  # (M,)
     first = sizes.cumsum(0) - sizes
     places = items[members[first]]  # (M, D)
-    long = (sizes > 1).nonzero()[:, 0]
-    if not len(long):
+    rows = sequences.nonzero()[:, 0]
+    if not len(rows):
         return places
     offsets = torch.arange(int(sizes.max()), device=items.device)
-    mask = offsets[None] < sizes[long, None]  # (B, L)
-    where = torch.where(mask, first[long, None] + offsets[None], 0)
-    sequences = heads.encode_sequence(items[members[where]], mask)  # (B, D)
-    return places.index_copy(0, long, sequences.to(places.dtype))
+    mask = offsets[None] < sizes[rows, None]  # (B', L)
+    where = torch.where(mask, first[rows, None] + offsets[None], 0)
+    encoded = heads.encode_sequence(items[members[where]], mask)  # (B', D)
+    return places.index_copy(0, rows, encoded.to(places.dtype))
 
 
 # --- terms: each a scalar, or None where no row of any rank has what it needs ---------------------------------------

@@ -236,11 +236,20 @@ class Recipe:
 _BOOKKEEPING = ("logging_steps", "save_steps", "report_to", "workers")
 
 # Settings that came later; without them a fingerprint is what it was.
-_ADDED = {"balance": None, "select": None, "mine": None, "sequence_encoder": "mean", "items": None, "tables": []}
+_ADDED = {
+    "balance": None,
+    "select": None,
+    "mine": None,
+    "sequence_encoder": "mean",
+    "items": None,
+    "tables": [],
+    "relation_temperature": 0.1,
+}
 
 
 def _said(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key not in _ADDED or value != _ADDED[key]}
+    kept = {key: value for key, value in settings.items() if key not in _ADDED or value != _ADDED[key]}
+    return kept | ({"options": _said(kept["options"])} if isinstance(kept.get("options"), dict) else {})
 
 
 def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:

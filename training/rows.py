@@ -98,6 +98,7 @@ def as_row(record: Record, default_id: str, folder: Path | None = None, items: M
 
     def read_list(column: str) -> tuple[Item, ...]:
         given = [] if record.get(column) is None else record[column]
+        given = given.tolist() if isinstance(given, np.ndarray) else given
         if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable):
             raise RowError(name, f"{column} must be a list of items, got {type(given).__name__}")
         return tuple(read(value, column) for value in given)
@@ -107,6 +108,8 @@ def as_row(record: Record, default_id: str, folder: Path | None = None, items: M
         raise RowError(
             name, f"{' and '.join(given)} are given; a row has query and target, sequence and target, or item"
         )
+    for column in ("sequence", "item"):
+        _refuse_bare_ids(record.get(column), column, name, items)
     query: Item | tuple[Item, ...]
     if given == ["item"]:
         query = target = read(record["item"], "item")
@@ -129,6 +132,18 @@ def as_row(record: Record, default_id: str, folder: Path | None = None, items: M
         score=_number(record.get("score"), "score", name),
         teacher_scores=_scores(record.get("teacher_scores"), 1 + len(negatives), name),
     )
+
+
+def _refuse_bare_ids(value: Any, column: str, name: str, items: Mapping[str, Item] | None) -> None:
+    """Ids without a table of items would be read as texts."""
+    values = value if isinstance(value, (list, tuple, np.ndarray)) else [value]
+    bare = [one for one in values if isinstance(one, str) and not one.lstrip().startswith("{")]
+    if items is None and bare:
+        raise RowError(
+            name,
+            f"{column} holds {bare[0]!r:.60}: for ids, the dataset needs its table of items (items: in the recipe); "
+            'for a text, write {"text": ...}',
+        )
 
 
 def item_key(item: Item | tuple[Item, ...]) -> str:
@@ -172,7 +187,7 @@ def _item(value: Any, column: str, name: str, folder: Path | None) -> Item:
 
 
 def _item_of(value: Any, column: str, name: str, items: Mapping[str, Item]) -> Item:
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
+    if isinstance(value, bool) or not isinstance(value, (str, int, np.integer)):
         raise RowError(name, f"{column} must be the id of an item, as there is a table of items; it is {value!r:.60}")
     if str(value) not in items:
         raise RowError(name, f"{column}: there is no item {value!r} among the {len(items)} in the table of items")
@@ -185,6 +200,33 @@ def located(value: Any, folder: Path) -> Any:
         return [located(part, folder) for part in value]
     relative = isinstance(value, str) and not Path(value).is_absolute() and "://" not in value
     return str(folder / value) if relative else value
+
+
+def named_by_path(item: Item, owner: str) -> dict[str, Any]:
+    """An item as a file can hold it: media by their absolute paths, so that it may be read from anywhere.
+
+    Args:
+        item: as the processor takes it.
+        owner: whose it is, for errors.
+
+    Raises:
+        ValueError: a medium that is no path.
+    """
+    fields = {"text": item} if isinstance(item, str) else dict(item)
+    for name in MEDIA_FIELDS:
+        value = fields.get(name)
+        if value is not None:
+            some = isinstance(value, (list, tuple))
+            fields[name] = [_path(part, owner, name) for part in value] if some else _path(value, owner, name)
+    return fields
+
+
+def _path(value: Any, owner: str, field: str) -> str:
+    if not isinstance(value, (str, Path)):
+        raise ValueError(
+            f"{owner}: {field} is a {type(value).__name__}, which cannot be written by name; give paths of files."
+        )
+    return str(value) if "://" in str(value) else str(Path(value).absolute())
 
 
 def _number(value: Any, column: str, name: str) -> float | None:

@@ -26,7 +26,9 @@ MOST_ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Draw:
-    """What a rank gets for one step: ``rows`` that could be read, and why others could not."""
+    """What a rank gets for one step: ``rows`` that could be read, and why others could not; ``step`` names it, alike on
+    every rank.
+    """
 
     dataset: TrainingDataset
     task: str | None
@@ -34,6 +36,7 @@ class Draw:
     generators: list[random.Random]
     skipped: list[tuple[str, str]]
     size: int
+    step: str = ""
 
 
 class Negatives(Protocol):
@@ -164,7 +167,7 @@ class SpecializedBatches(IterableDataset):
             except RowError as error:
                 skipped.append((error.row_id, error.reason))
         task = random.Random(f"{self.seed}/{step}/task").choice(list(dataset.tasks))
-        return Draw(dataset, task, rows, generators, skipped, size)
+        return Draw(dataset, task, rows, generators, skipped, size, f"{self.seed}/{step}")
 
     def _turn(self, step: int, index: int) -> int:
         """How many batches of the dataset came before this step."""

@@ -221,7 +221,7 @@ def run_stage(
         trained = trained.merge_and_unload()
     if rank() == 0:
         _write_log(trainer, folder)
-        save_whole(trained, processor, folder / "model", state)
+        save_whole(trained, processor, folder / "model", state, heads_in(start))
         entry = _entry(recipe, name, trainer, chosen, start, begun, folder)
         if evaluator is not None:
             entry["evaluation"] = evaluator(trained.eval(), processor)
@@ -326,10 +326,30 @@ def attach_heads(
                 raise ValueError(f"Dataset {key!r}: its table {name!r} has {table.dim} dims, another's {dims[name]}.")
     if not dims and stage.sequence_encoder == "mean":
         return
-    heads = BehaviourHeads(model.config.hidden_size, stage.sequence_encoder, dims)
-    if (start / HEADS_FILE).is_file():
-        logger.info("heads that go on from %s: %s", start, heads.take_over(BehaviourHeads.from_pretrained(start)))
+    heads, before = BehaviourHeads(model.config.hidden_size, stage.sequence_encoder, dims), heads_in(start)
+    if before is not None:
+        logger.info("heads that go on from %s: %s", start, heads.take_over(before))
     model.heads = heads
+
+
+def heads_in(folder: Path) -> BehaviourHeads | None:
+    """The heads beside a model, if there are any."""
+    return BehaviourHeads.from_pretrained(folder) if (folder / HEADS_FILE).is_file() else None
+
+
+def detach_heads(model: SailEmbeddingModel, state: dict[str, torch.Tensor] | None = None) -> BehaviourHeads | None:
+    """Take a model's heads off it: they are no part of its own weights; with their weights out of ``state``."""
+    heads: BehaviourHeads | None = getattr(model, "heads", None)
+    if heads is None:
+        return None
+    del model.heads
+    if state is None:
+        return heads
+    sequence = "mean" if heads.sequence is None else "transformer"
+    whole = BehaviourHeads(heads.width, sequence, heads.tables)
+    own = {name: state.pop(name) for name in list(state) if name.startswith("heads.")}
+    whole.load_state_dict({name.removeprefix("heads."): tensor for name, tensor in own.items()})
+    return whole
 
 
 def freeze(model: SailEmbeddingModel, stage: StageSpec, losses: list[Mapping[str, float]]) -> None:
@@ -377,15 +397,23 @@ def save_whole(
     processor: SailEmbeddingProcessor,
     folder: Path,
     state: dict[str, torch.Tensor] | None = None,
+    before: BehaviourHeads | None = None,
 ) -> None:
-    """Save both in Hub format; the folder is there whole or not at all. ``state``: where the ranks hold the weights."""
+    """Save both in Hub format, and heads beside them; the folder is there whole or not at all.
+
+    Args:
+        model, processor: what is saved; the model's heads are taken off it.
+        folder: of both.
+        state: where the ranks hold the weights.
+        before: heads of the stage before; what this one had no use for is kept as it was.
+    """
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    heads = getattr(model, "heads", None)
-    if heads is not None:  # they lie beside the model, and are no part of its own weights
-        del model.heads
-        own = {} if state is None else {name: state.pop(name) for name in list(state) if name.startswith("heads.")}
-        heads.save_pretrained(partial, {name.removeprefix("heads."): tensor for name, tensor in own.items()})
+    heads = detach_heads(model, state)
+    if before is not None:
+        heads = before if heads is None else heads.joined(before)
+    if heads is not None:
+        heads.save_pretrained(partial)
     model.save_pretrained(partial, state_dict=state)
     processor.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)

@@ -152,7 +152,10 @@ def _fill(
         try:
             row = dataset.read_as_surveyed(place)
             if isinstance(row.query, tuple):
-                raise RowError(row.id, "its query is a sequence, not an item: leave the dataset out of mine and select")
+                raise RowError(
+                    row.id,
+                    "its query is a sequence, not an item: leave the dataset out of mine.datasets; select takes none",
+                )
             read.append((place, row))
         except RowError as error:
             skipped.append((place, error.row_id, error.reason))

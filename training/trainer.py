@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 ALWAYS_BORNE = 10
 MAX_BAD_SHARE = 0.05
 
-# A batch from which no term can be computed is passed over; so many in a row are a mistake in the recipe.
+# A batch from which no term can be computed is passed over; so many in a row of a dataset are a mistake in the recipe.
 MOST_WITHOUT_TERMS = 10
 
 
@@ -89,7 +89,7 @@ class ContrastiveTrainer(Trainer):
         self._counts: dict[str, int] = {}
         self._work = {"items": 0, "tokens": 0, "seconds": 0.0}
         self._asked = 0
-        self._without_terms = 0
+        self._without_terms: dict[str, int] = {}
         self.skipped: set[str] = set()  # ids of rows that this rank could not read
 
     def get_train_dataloader(self) -> DataLoader:
@@ -192,13 +192,13 @@ class ContrastiveTrainer(Trainer):
         heads = _heads_of(bare)
         step = Step(embeddings, inputs, bare.config.matryoshka_dims, temperature, self.objective.options, heads)
         loss, terms = self.objective(step)
-        self._without_terms = 0 if terms else self._without_terms + 1
-        if self._without_terms >= MOST_WITHOUT_TERMS:
+        self._without_terms[name] = 0 if terms else self._without_terms.get(name, 0) + 1
+        if self._without_terms[name] >= MOST_WITHOUT_TERMS:
             weights = self.objective.weights_for(inputs)
             raise ValueError(
-                f"{self._without_terms} batches in a row, the last of dataset {name!r}, have nothing that the terms "
-                f"{sorted(weights)} can be computed from; give it another loss weight, a pattern that its rows have "
-                "or scores."
+                f"{self._without_terms[name]} batches in a row of dataset {name!r} have nothing that the terms "
+                f"{sorted(weights)} can be computed from; give it another loss weight, a pattern that its rows have, "
+                "scores, or tables that know its items."
             )
         logged = {f"loss/{term}": value for term, value in terms.items()}
         self._note({f"loss_of/{name}": loss.detach(), f"temperature/{name}": temperature.detach(), **logged})

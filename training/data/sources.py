@@ -5,17 +5,20 @@ To add one: a file in this folder with a function from a part's name to records,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ..recipe import DatasetSpec
 from ..recommendation.behaviour import load_items
-from ..recommendation.tables import load_tables
+from ..recommendation.tables import IDTable, load_tables
 from ..rows import TrainingDataset, open_source
 from .mini_pairs import SOURCES as MINI
 from .mini_pairs import mini_source
+
+logger = logging.getLogger(__name__)
 
 BUILT_IN: dict[str, tuple[Callable[[str], Any], list[str]]] = {"mini": (mini_source, sorted(MINI))}
 
@@ -44,6 +47,10 @@ def open_dataset(name: str, spec: DatasetSpec, folder: Path = Path()) -> Trainin
     """
     built_in = built_in_source(spec.path)
     path = folder / spec.path
+    items = None if spec.items is None else items_by_id(folder / spec.items)
+    tables = load_tables([folder / one for one in spec.tables]) if spec.tables else {}
+    if items is not None:
+        _check_coverage(name, items, tables)
     return TrainingDataset(
         name=name,
         source=open_source(path, spec.streamed) if built_in is None else built_in,
@@ -53,13 +60,33 @@ def open_dataset(name: str, spec: DatasetSpec, folder: Path = Path()) -> Trainin
         temperature=spec.temperature,
         losses=spec.losses,
         folder=path.parent if built_in is None and path.suffix else None,
-        items=None if spec.items is None else items_by_id(folder / spec.items),
-        tables=load_tables([folder / one for one in spec.tables]) if spec.tables else {},
+        items=items,
+        tables=tables,
     )
 
 
-@lru_cache(maxsize=4)
 def items_by_id(path: Path) -> dict[str, dict[str, Any]]:
-    """A table of items (`load_items`), read once for all datasets that name it."""
+    """A table of items (`load_items`), read once for all datasets that name it, and again when it was written again."""
+    return _items_as_of(path, path.stat().st_mtime_ns if path.exists() else 0)
+
+
+@lru_cache(maxsize=4)
+def _items_as_of(path: Path, written: int) -> dict[str, dict[str, Any]]:
     items = load_items(path)
     return dict(zip(items.ids, items.records, strict=True))
+
+
+def _check_coverage(name: str, items: Mapping[str, Any], tables: Mapping[str, IDTable]) -> None:
+    """Say how many items have a row in each table.
+
+    Raises:
+        ValueError: none has.
+    """
+    for table in tables.values():
+        known = sum(one in items for one in table.ids)
+        if not known:
+            raise ValueError(
+                f"datasets.{name}.tables: not one of the {len(table)} ids of table {table.name!r}, such as "
+                f"{table.ids[0]!r}, is among the {len(items)} items, such as {next(iter(items))!r}; name items alike."
+            )
+        logger.info("dataset %r: %d of %d items have a row in table %r.", name, known, len(items), table.name)

@@ -120,12 +120,14 @@ def candidates(history: History, positives: int, limits: Limits = DEFAULTS) -> C
 
 
 def earlier(history: History, positives: int, limits: Limits = DEFAULTS) -> Iterator[History]:
-    """The history as it was at each of its newest ``targets`` qualified events, the whole one first.
+    """The history as it was when each of its newest ``targets`` qualified items was last chosen, the whole one first.
 
-    Always one at least: a history without such an event is what its reason is told by.
+    Always one at least: a history without such an item is what its reason is told by.
     """
     yield history
-    for end in np.flatnonzero(history.counts >= positives)[::-1][1 : limits.targets] + 1:
+    places = np.flatnonzero(history.counts >= positives)[::-1]  # the newest first
+    _, newest = np.unique(history.items[places], return_index=True)
+    for end in places[np.sort(newest)][1 : limits.targets] + 1:
         yield History(history.user, history.items[:end], history.times[:end], history.counts[:end])
 
 

@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from ...items_sail import FORMAT_ORDER, KNOWN_FIELDS, MEDIA_FIELDS
 from ..balancing import cluster
 from ..files import whole, write_json, write_text
-from ..rows import item_key
+from ..rows import item_key, named_by_path
 from .behaviour import Interactions, Items, Split, split_by_time
 from .evidence import Consumers, Evidence, cosine_similarity, label_clusters
 from .interests import INTERESTS, Interests, Limits, mine_interests
@@ -146,7 +146,7 @@ def prepare(
     """
     _claim(out, f"{_job(known, settings)} {embedded_by}".strip())
     _unless_there(out / "items.parquet", lambda path: write_items(known.items, path))
-    _unless_there(out / "content.parquet", lambda path: _write_rows(content_rows(known.items, settings.seed), path))
+    _content(known.items, out / "content.parquet", settings.seed)
     embeddings = _embeddings(known.items, embed, out / "embeddings.npy")
     report = {
         "events": known.report.as_dict(),
@@ -268,6 +268,14 @@ def _embeddings(items: Items, embed: Embed, path: Path) -> np.ndarray:
 # --- content --------------------------------------------------------------------------------------------------------
 
 
+def _content(items: Items, path: Path, seed: int) -> None:
+    rows = content_rows(items, seed)
+    if rows and not path.is_file():
+        _write_rows(rows, path)
+    elif not rows:
+        logger.warning("No item has two fields: there is no auxiliary task, and no %s.", path.name)
+
+
 def content_rows(items: Items, seed: int = 0) -> list[dict[str, Any]]:
     """The auxiliary i2i task (section 3.3.5): a random part of an item's fields is the query, the whole its target.
 
@@ -281,7 +289,12 @@ def content_rows(items: Items, seed: int = 0) -> list[dict[str, Any]]:
         Records for `rows.as_row`, items as JSON.
     """
     rows = []
+    seen = set()
     for name, record in zip(items.ids, items.records, strict=True):
+        content = item_key({key: value for key, value in record.items() if key != "id"})
+        if content in seen:  # its twin would be its negative
+            continue
+        seen.add(content)
         fields = [key for key in (*FORMAT_ORDER, *MEDIA_FIELDS) if key in record]
         if len(fields) < 2:
             continue
@@ -289,12 +302,13 @@ def content_rows(items: Items, seed: int = 0) -> list[dict[str, Any]]:
         part = generator.sample(fields, generator.randint(1, len(fields) - 1))
         query = {key: record[key] for key in fields if key in part}
         # Two items may be alike in the part: what they share an id by is the whole.
-        rows.append({"id": f"content/{name}", "query": _json(query), "target": _json(record), "target_id": name})
+        said = {"query": _json(query, name), "target": _json(record, name)}
+        rows.append({"id": f"content/{name}", **said, "target_id": name})
     return rows
 
 
-def _json(item: dict[str, Any]) -> str:
-    return json.dumps(item, ensure_ascii=False)
+def _json(item: dict[str, Any], name: str) -> str:
+    return json.dumps(named_by_path(item, f"item {name!r}"), ensure_ascii=False)
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -305,7 +319,8 @@ def write_items(items: Items, path: Path) -> None:
     named = [name for name in KNOWN_FIELDS if any(name in record for record in items.records)]
     records = []
     for record, labels, released in zip(items.records, items.labels, items.released.tolist(), strict=True):
-        fields = {name: record.get(name) for name in named}
+        known = named_by_path(record, f"item {record['id']!r}")
+        fields = {name: known.get(name) for name in named}
         records.append({**fields, "labels": sorted(labels), "released": released if released == released else None})
     table = pa.Table.from_pylist(records)
     pq.write_table(table, path)
@@ -327,7 +342,10 @@ def _job(known: Known, settings: Settings) -> str:
     digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
     for column in (known.learned.user, known.learned.item, known.learned.time, known.learned.behaviours):
         digest.update(np.ascontiguousarray(column).tobytes())
-    for name, record in zip(known.items.ids, known.items.records, strict=True):
+    items = known.items
+    digest.update(json.dumps([*known.learned.user_ids, known.split.time, *map(sorted, items.labels)]).encode())
+    digest.update(items.released.tobytes())
+    for name, record in zip(items.ids, items.records, strict=True):
         content = {key: value for key, value in record.items() if key != "id"}
         digest.update(f"{name} {item_key(content)}".encode())
     return digest.hexdigest()
@@ -337,11 +355,14 @@ def _claim(out: Path, job: str) -> None:
     """Begin a job in a folder, or find it begun.
 
     Raises:
-        ValueError: by another job.
+        ValueError: by another job, or by somebody else.
     """
     place = out / "job.json"
     known = json.loads(place.read_text(encoding="utf-8"))["job"] if place.is_file() else None
     if known is None:
+        foreign = [name for name in ("items.parquet", "content.parquet", "tables.parquet") if (out / name).exists()]
+        if foreign:
+            raise ValueError(f"{out} holds {foreign}, which this command would write; name a folder of its own.")
         write_json(place, {"job": job})
     elif known != job:
         raise ValueError(
