@@ -95,12 +95,13 @@ class BehaviourHeads(nn.Module):
             raise ValueError(f"sequence={sequence!r} is not one of {', '.join(SEQUENCE_ENCODERS)}.")
         self.width, self.tables = width, dict(tables or {})
         self.sequence = SequenceTransformer(width, num_heads=_heads_of(width)) if sequence == "transformer" else None
-        # By place, not by name: a table's name may hold dots, which a module's must not.
-        self.projections = nn.ModuleList(nn.Linear(dim, width) for dim in self.tables.values())
-        for projection in self.projections:
+        projections = [nn.Linear(dim, width) for dim in self.tables.values()]
+        for projection in projections:
             # Orthogonal: cosines between ID embeddings are the same in the space of items, where training begins.
             nn.init.orthogonal_(projection.weight)
             nn.init.zeros_(projection.bias)
+        # By place, not by name: a table's name may hold dots, which a module's must not.
+        self.projections = nn.ModuleList(projections)
 
     def encode_sequence(self, items: Tensor, mask: Tensor) -> Tensor:
         """(B, L, D) item embeddings, oldest first, and (B, L) booleans to (B, D)."""
@@ -118,7 +119,7 @@ class BehaviourHeads(nn.Module):
             raise ValueError(
                 f"Table {name!r} has vectors of {vectors.shape[-1]} dims; its projection takes {self.tables[name]}."
             )
-        projection = self.projections[list(self.tables).index(name)]
+        projection: Any = self.projections[list(self.tables).index(name)]
         unit = nn.functional.normalize(vectors.float(), dim=-1)
         return projection(unit.to(projection.weight.dtype)).float()  # weights may be kept in bfloat16
 
