@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from .configuration_sail import PRESETS
 
@@ -90,7 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     behaviour.add_argument("--unseen", type=float, default=0.0, help="share of the items that nothing learns from")
     behaviour.add_argument("--targets", type=int, default=1, help="newest items of a user that become targets")
     behaviour.add_argument("--jaccard", type=float, default=0.5, help="that two items' consumers must reach")
+    behaviour.add_argument("--interests", nargs="+", metavar="NAME", help="some of the four; all by default")
+    behaviour.add_argument(
+        "--single-peak", type=int, default=3, help="positive behaviours of an item in those interests"
+    )
     behaviour.add_argument("--teachers", nargs="*", metavar="NAME", help="of bpr als item2vec graph; all by default")
+    behaviour.add_argument("--tables", nargs="*", default=[], metavar="X.parquet", help="ID embeddings of your own")
     behaviour.add_argument("--seed", type=int, default=0)
     behaviour.set_defaults(run=_behaviour)
 
@@ -191,12 +197,14 @@ def _behaviour(args: argparse.Namespace) -> None:
     from .training.recommendation.interests import Limits
     from .training.recommendation.prepare import Settings
 
-    given = {} if args.teachers is None else {"teachers": tuple(args.teachers)}
+    chosen = {"teachers": args.teachers, "interests": args.interests}
+    given: dict[str, Any] = {name: tuple(values) for name, values in chosen.items() if values is not None}
     settings = Settings(
         share=args.share,
         split_time=args.split_time,
         unseen_share=args.unseen,
-        limits=Limits(behaviour=args.jaccard, targets=args.targets),
+        limits=Limits(behaviour=args.jaccard, targets=args.targets, single_peak=args.single_peak),
+        tables=tuple(args.tables),
         seed=args.seed,
         **given,
     )

@@ -24,6 +24,7 @@ from modeling_sail.training.recommendation.prepare import (
     prepare,
     tables_of,
 )
+from modeling_sail.training.recommendation.tables import IDTable, save_tables
 from modeling_sail.training.recommendation.teachers import TeacherSettings
 from modeling_sail.training.rows import as_row
 
@@ -193,6 +194,15 @@ def test_content_rows_ask_for_the_whole_item_by_a_part_of_it() -> None:
     assert content_rows(fewer) == rows[5:]  # a part does not depend on who else is there
 
 
+def test_items_of_tables_of_ones_own_are_trained_on_too(tmp_path) -> None:
+    own = IDTable("mine", ("i23", "i0", "elsewhere"), np.eye(3, dtype=np.float32))
+    save_tables([own], tmp_path / "mine.parquet")
+    settings = replace(SETTINGS, teachers=(), tables=(str(tmp_path / "mine.parquet"),))
+    report = prepare(known_of(event_rows()), embed, tmp_path / "out", settings, progress=False)
+    assert [row["item"] for row in pq.read_table(tmp_path / "out" / "ids.parquet").to_pylist()] == ["i0", "i23"]
+    assert report["teachers"]["tables"] == {"mine": {"items": 3, "dims": 3}}
+
+
 def test_items_alike_but_for_their_id_are_no_negatives_of_each_other() -> None:
     twins = [*item_rows()[:3], {**item_rows()[0], "id": "twin"}]
     rows = content_rows(Items.from_table(pa.Table.from_pylist(twins)))
@@ -265,7 +275,21 @@ def files(tmp_path):
 def test_the_command_reads_two_parquet_files(files, tiny_folder, capsys) -> None:
     given = [str(files / "events.parquet"), str(files / "items.parquet"), "--model", str(tiny_folder)]
     out = files / "out"
-    assert main(["behaviour", *given, "--out", str(out), "--jaccard", "0.05", "--teachers", "als", "graph"]) in (
+    assert main(
+        [
+            "behaviour",
+            *given,
+            "--out",
+            str(out),
+            "--jaccard",
+            "0.05",
+            "--single-peak",
+            "1",
+            "--teachers",
+            "als",
+            "graph",
+        ]
+    ) in (
         0,
         None,
     )

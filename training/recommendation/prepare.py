@@ -57,6 +57,7 @@ class Settings:
         limits: their thresholds.
         clusters: of the items' embeddings, for the interest that draws by cluster.
         teachers: some of `TEACHERS`.
+        tables: files of ID embeddings of one's own; items that they know are trained on beside the teachers'.
         teacher: their settings.
         seed: of everything that is drawn.
     """
@@ -68,6 +69,7 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     clusters: int = 32
     teachers: tuple[str, ...] = tuple(TEACHERS)
+    tables: tuple[str, ...] = ()
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
     seed: int = 0
 
@@ -236,11 +238,13 @@ def _tables(
         if settings.teachers:
             tables = train_teachers(known.learned, settings.teachers, split_time=known.split.time, **options)
             save_tables(tables.values(), path)
-        rows = sorted({name for table in tables.values() for name in table.ids})
+        own = load_tables(settings.tables) if settings.tables else {}
+        taught = {name for table in (*tables.values(), *own.values()) for name in table.ids}
+        rows = [name for name in known.items.ids if name in taught]
         if rows:
             _write_rows([{"id": name, "item": name} for name in rows], out / "ids.parquet")
         seconds = round(time.perf_counter() - begun, 1)
-        numbers = {name: {"items": len(table), "dims": table.dim} for name, table in tables.items()}
+        numbers = {name: {"items": len(table), "dims": table.dim} for name, table in (tables | own).items()}
         write_json(said, {"seconds": seconds, "tables": numbers})
     loaded: dict[str, dict[str, Any]] = json.loads(said.read_text(encoding="utf-8"))
     return loaded
