@@ -25,7 +25,7 @@ import torch
 from ..training.behaviour_job import MOVIELENS, embedder, read_behaviour
 from ..training.build import load_built
 from ..training.collate import Collator
-from ..training.files import whole, write_json
+from ..training.files import whole, write_json, write_text
 from ..training.recipe import load_recipe
 from ..training.recommendation.interests import Limits, Pair
 from ..training.recommendation.prepare import Known, Settings, clusters_of, known_behaviour, prepare, tables_of
@@ -54,6 +54,10 @@ ORACLE = "als"  # whose neighbours of unseen items are the truth that nobody lea
 SID_SIZES = (32, 32)
 # Questions that stand in one table: how they begin.
 GROUPS = (("vanilla", "filtered"), ("unseen",), ("copairs",), ("ID-i2i", "content-i2i"))
+
+# What the picture shows, and of whom.
+SHOWN = ("vanilla R@25", "filtered R@25", "copairs top_k_overlap", "ID-i2i R@50", "content-i2i R@50")
+COLORS = {"before": "#bbb", "content": "#888", "seq2item": "#69c", "id2item": "#c33"}
 
 
 @dataclass
@@ -275,6 +279,31 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
+def picture(results: Sequence[dict[str, Any]]) -> str:
+    """The stages beside each other, as SVG: a group of bars for each question in `SHOWN`, whiskers to the extremes."""
+    stages = [name for name in results[0]["table"] if name in COLORS]
+    width, parts = 26 * len(stages) + 30, []
+    for group, question in enumerate(SHOWN):
+        for place, name in enumerate(stages):
+            values = [result["table"][name][question] for result in results]
+            left, top = 40 + group * width + place * 26, 220 - 260 * statistics.mean(values)
+            low, high = 220 - 260 * min(values), 220 - 260 * max(values)
+            parts.append(f"<rect x='{left}' y='{top:.1f}' width='22' height='{220 - top:.1f}' fill='{COLORS[name]}'/>")
+            parts.append(f"<line x1='{left + 11}' x2='{left + 11}' y1='{low:.1f}' y2='{high:.1f}' stroke='#000'/>")
+        parts.append(f"<text x='{40 + group * width}' y='236'>{question}</text>")
+    for place, name in enumerate(stages):
+        parts.append(f"<rect x='{40 + 110 * place}' y='4' width='12' height='12' fill='{COLORS[name]}'/>")
+        parts.append(f"<text x='{56 + 110 * place}' y='15'>{name}</text>")
+    end = 40 + width * len(SHOWN)
+    lines = "".join(
+        f"<text x='4' y='{224 - 52 * n}'>.{2 * n}</text>"
+        f"<line x1='30' x2='{end}' y1='{220 - 52 * n}' y2='{220 - 52 * n}' stroke='#ddd'/>"
+        for n in range(4)
+    )
+    style = f"width='{end + 20}' height='246' font-family='sans-serif' font-size='12'"
+    return f"<svg xmlns='http://www.w3.org/2000/svg' {style}>{lines}{''.join(parts)}</svg>"
+
+
 def ranker_table(results: Sequence[dict[str, Any]]) -> str:
     """Markdown: AUC and GAUC of each set of features, and their gain over the base features of the same seed."""
     lines = ["| question | features | AUC | gain | GAUC | gain |", "|---" * 6 + "|"]
@@ -296,12 +325,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--work", type=Path, default=Path("runs/mini-cre"), help="what is trained and measured")
     parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="key=value", help="of the recipe")
-    parser.add_argument("--out", type=Path, help="JSON of the results")
+    parser.add_argument("--out", type=Path, help="JSON of the results; a picture goes beside it")
     args = parser.parse_args(arguments)
     results = [run_seed(seed, args.model, args.work / str(seed), args.overrides) for seed in args.seeds]
     print(f"{results[0]['cases']} cases\n\n{tables(results)}\n\n{ranker_table(results)}")
     if args.out is not None:
         write_json(args.out, dict(zip(map(str, args.seeds), results, strict=True)))
+        write_text(args.out.with_suffix(".svg"), picture(results))
 
 
 if __name__ == "__main__":

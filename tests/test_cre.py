@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from xml.etree import ElementTree
+
 import numpy as np
 import pytest
 from modeling_sail.evaluation import cre
@@ -88,6 +90,15 @@ def test_tables_show_the_mean_and_half_the_distance_of_the_extremes() -> None:
         "| liked | id2item: both | 0.8500 ±0.0500 | 0.1500 ±0.0500 | 0.6000 ±0.0000 | 0.0000 ±0.0000 |"
         in ranker_table(results)
     )
+
+
+def test_the_picture_has_a_bar_of_the_mean_for_each_stage_and_question() -> None:
+    asked = [{name: dict.fromkeys(cre.SHOWN, value) for name in ("als", "before", "id2item")} for value in (0.2, 0.4)]
+    root = ElementTree.fromstring(cre.picture([{"table": one} for one in asked]))
+    bars = [one for one in root.iter() if one.tag.endswith("rect") and one.get("width") == "22"]
+    assert len(bars) == 2 * len(cre.SHOWN)  # als is no stage
+    assert {one.get("height") for one in bars} == {"78.0"}  # 0.3 of 260 pixels
+    assert [one.text for one in root.iter() if one.tag.endswith("text") and one.text in cre.SHOWN] == list(cre.SHOWN)
 
 
 def test_an_answer_that_is_there_is_read(tmp_path) -> None:
