@@ -148,14 +148,15 @@ def test_two_ranks_train_like_one_process_on_the_whole_batch(tmp_path, case) -> 
     kind, _, budget = case.partition("-")
     out = tmp_path / "ranks.pt"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    subprocess.run(
+    done = subprocess.run(
         [*command, "-m", "tests.ranks", case, str(out)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=True,
         capture_output=True,
+        text=True,
         timeout=300,
     )
+    assert done.returncode == 0, done.stderr[-4000:]
     found = torch.load(out, weights_only=True)
     wanted, run = trained(tmp_path / "one", kind=kind)
     # The films of the sequences are nearly alike and their gradients large: Adam makes more of the rounding.
