@@ -19,6 +19,7 @@ SEGMENT_OF = {"audio": AUDIO, "vision": VISION, "text": TEXT}
 EXTRA_CONFIGS = {"clap_audio_model": ClapAudioConfig}
 
 AUDIO_POOLINGS = ("mean", "attention", "pooler")
+FUSIONS = ("joint", "separate")
 
 
 class SailEmbeddingConfig(PretrainedConfig):
@@ -46,6 +47,10 @@ class SailEmbeddingConfig(PretrainedConfig):
         pool_prompt: False keeps the tokens of the prompt out of the mean.
         pool_tanh: False leaves the tanh before the mean out.
         late_fusion: True builds the gate of section 3.2 between the visual and the fused embedding.
+        fusion: "joint" reads all modalities in one sequence (section 3.2); "separate" is a dual tower, as CLIP is: the
+            backbone reads text alone, and the embedding is the mean of the modalities' normalised embeddings.
+        causal: True lets a decoder see only what came before, as it was pretrained; the paper's fusion sees both ways.
+            Encoders ignore it.
         image_token_id: placeholder of a visual token, in the backbone's vocabulary.
         audio_token_id: placeholder of the audio token, in the backbone's vocabulary.
         temperatures: initial temperature of each training dataset (section 3.3.2); learnable, held in the model.
@@ -77,6 +82,8 @@ class SailEmbeddingConfig(PretrainedConfig):
         pool_prompt: bool = True,
         pool_tanh: bool = True,
         late_fusion: bool = True,
+        fusion: str = "joint",
+        causal: bool = False,
         image_token_id: int | None = None,
         audio_token_id: int | None = None,
         temperatures: dict[str, float] | None = None,
@@ -101,12 +108,14 @@ class SailEmbeddingConfig(PretrainedConfig):
         self.pool_prompt = pool_prompt
         self.pool_tanh = pool_tanh
         self.late_fusion = late_fusion
+        self.fusion = fusion
+        self.causal = causal
         self.image_token_id = image_token_id
         self.audio_token_id = audio_token_id
         self.temperatures = temperatures or {"default": 0.05}
         self.initializer_range = initializer_range
         # The one switch that makes a decoder see both ways; encoders ignore it.
-        self.text_config.is_causal = False
+        self.text_config.is_causal = causal
         self.text_config.use_cache = False  # an embedding has no next token to remember keys for
         self._check()
         super().__init__(**kwargs)
@@ -130,6 +139,7 @@ class SailEmbeddingConfig(PretrainedConfig):
         holds = self.shortcut_memory >= 0 and (self.shortcut_memory > 0) == (self.shortcut_size > 0)
         _require(holds, "shortcut_memory", self.shortcut_memory, memory)
         _require(self.audio_pooling in AUDIO_POOLINGS, "audio_pooling", self.audio_pooling, f"one of {AUDIO_POOLINGS}")
+        _require(self.fusion in FUSIONS, "fusion", self.fusion, f"one of {FUSIONS}")
         _require(self.audio_window_seconds > 0, "audio_window_seconds", self.audio_window_seconds, "seconds > 0")
         for name, value in self.temperatures.items():
             _require(value > 0, f"temperatures[{name!r}]", value, "a number > 0")

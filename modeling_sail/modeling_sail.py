@@ -34,8 +34,10 @@ class SailOutput(ModelOutput):
 
     Attributes:
         embeddings: (B, D), MeanPool(tanh(F(T))), not normalised: cut to a Matryoshka length first, then normalise.
+            With ``fusion="separate"`` the mean of the modalities' normalised embeddings.
         modality_mask: (B, 3) booleans, whether the item has audio, vision, text (the order of ``MODALITIES``).
-        last_hidden_state: (B, L, D), the backbone's output before tanh and mean.
+        last_hidden_state: (B, L, D), the backbone's output before tanh and mean; with ``fusion="separate"`` of prompt
+            and text alone, as long as the longest of them.
         vision_embeddings, text_embeddings, audio_embeddings: (B, D), encoded without the other modalities; zeros where
             ``modality_mask`` is False. Only with ``output_modality_embeddings=True``.
         late_fusion_embeddings: (B, D), the gated sum with the visual embedding. Only with ``output_late_fusion=True``.
@@ -66,7 +68,8 @@ class AudioAdapter(nn.Module):
         self.norm = nn.LayerNorm(input_size)
         self.up = nn.Linear(input_size, 2 * config.hidden_size)
         self.down = nn.Linear(2 * config.hidden_size, config.hidden_size)
-        self.decoder = TokenDecoder(config.hidden_size) if config.shortcut_size else None
+        decodes = config.shortcut_size > 0 and config.fusion == "joint"
+        self.decoder = TokenDecoder(config.hidden_size) if decodes else None
 
     def forward(self, features: Tensor, group: Tensor) -> Tensor:
         """(M, T, A) features of M windows and (M,) rising item indices below G -> (G, D) tokens."""
@@ -197,7 +200,7 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
         for module in self.text_tower.modules():
             # Some kernels ask the layer, not the mask, whether it is causal (section 3.2: bidirectional fusion).
             if getattr(module, "is_causal", False):
-                module.is_causal = False
+                module.is_causal = config.causal
         self.vision_tower = self.perceiver = self.audio_tower = self.audio_adapter = self.late_fusion_gate = None
         if config.vision_config is not None:
             self.vision_tower = build_tower(config.vision_config)
@@ -296,8 +299,7 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
 
         flags = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         flags = {name: flag for name, flag in flags.items() if flag is not None}
-        fused = self._fuse(embeds, (segments != PAD).long(), **flags, **kwargs)
-        embeddings = self._pool(fused.last_hidden_state, segments)  # (B, D)
+        fused, embeddings, alone = self._read(embeds, segments, **flags, **kwargs)
         output = SailOutput(
             embeddings=embeddings,
             modality_mask=torch.stack([(segments == SEGMENT_OF[name]).any(dim=1) for name in MODALITIES], dim=1),
@@ -306,8 +308,10 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
             attentions=getattr(fused, "attentions", None),
         )
         if output_modality_embeddings:
-            for name in MODALITIES:
-                output[f"{name}_embeddings"] = self._embed_alone(embeds, segments, SEGMENT_OF[name], embeddings)
+            for place, name in enumerate(MODALITIES):
+                output[f"{name}_embeddings"] = (
+                    self._embed_alone(embeds, segments, SEGMENT_OF[name], embeddings) if alone is None else alone[place]
+                )
         if output_late_fusion:
             output["late_fusion_embeddings"] = self._late_fusion(embeds, segments, embeddings)
         if use_all_parts:  # last, so that it moves no random number of what counts
@@ -400,12 +404,28 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
         rows = (has & more).nonzero()[:, 0]
         if not len(rows):
             return alone
-        kept = kept[rows]
-        length = int(kept.sum(dim=1).max())
-        order = (~kept).long().argsort(dim=1, stable=True)[:, :length]  # (R, L')
-        short = torch.where(kept, segments[rows], PAD).gather(1, order)
-        tokens = embeds[rows[:, None], order]  # (R, L', D)
+        tokens, short = _cut_to(embeds[rows], segments[rows], kept[rows])
         return alone.index_copy(0, rows, self._pool(self._fuse(tokens, (short != PAD).long()).last_hidden_state, short))
+
+    def _read(self, embeds: Tensor, segments: Tensor, **kwargs: Any) -> tuple[Any, Tensor, list[Tensor] | None]:
+        """The backbone's output, the (B, D) embeddings, and where towers are separate those of each modality."""
+        if self.config.fusion == "separate":
+            read, alone = self._separate(embeds, segments, **kwargs)
+            return read, _mean_of_units(alone), alone
+        fused = self._fuse(embeds, (segments != PAD).long(), **kwargs)
+        return fused, self._pool(fused.last_hidden_state, segments), None
+
+    def _separate(self, embeds: Tensor, segments: Tensor, **kwargs: Any) -> tuple[Any, list[Tensor]]:
+        """A dual tower: the backbone's output for prompt and text, and the (B, D) embeddings by modality.
+
+        Zeros where an item lacks the modality; an item of neither picture nor sound is its text, if only the prompt.
+        """
+        tokens, short = _cut_to(embeds, segments, (segments == PROMPT) | (segments == TEXT))
+        read = self._fuse(tokens, (short != PAD).long(), **kwargs)
+        media = [_segment_mean(embeds, segments, SEGMENT_OF[name]) for name in MODALITIES[:-1]]
+        other = ((segments == AUDIO) | (segments == VISION)).any(dim=1)
+        told = (segments == TEXT).any(dim=1) | ~other
+        return read, [*media, torch.where(told[:, None], self._pool(read.last_hidden_state, short), 0.0)]
 
     def _late_fusion(self, embeds: Tensor, segments: Tensor, fused: Tensor) -> Tensor:
         """n_hat = g * v + (1 - g) * n_m with g = sigmoid(W [v, n_m] + b) (section 3.2); n_m where nothing is seen.
@@ -414,12 +434,10 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
         """
         if self.late_fusion_gate is None:
             raise ValueError("output_late_fusion needs a vision tower and late_fusion=True in the configuration.")
-        seen = (segments == VISION).to(embeds.dtype)[..., None]  # (B, L, 1)
-        count = seen.sum(dim=1)
-        visual = (embeds * seen).sum(dim=1) / count.clamp_min(1)  # (B, D)
-        both = torch.cat([visual, fused.to(visual.dtype)], dim=-1)
-        gate = self.late_fusion_gate(both).float().sigmoid() * (count > 0)
-        return gate * visual.float() + (1 - gate) * fused
+        visual = _segment_mean(embeds, segments, VISION)  # (B, D)
+        both = torch.cat([visual.to(embeds.dtype), fused.to(embeds.dtype)], dim=-1)
+        gate = self.late_fusion_gate(both).float().sigmoid() * (segments == VISION).any(dim=1, keepdim=True)
+        return gate * visual + (1 - gate) * fused
 
     # -- how the flat lists and the rows fit together ----------------------------------------------------------------
 
@@ -563,6 +581,27 @@ def _fill(embeds: Tensor, where: Tensor, tokens: Tensor, what: str) -> Tensor:
             "processor and model must come from the same folder."
         )
     return embeds.masked_scatter(where[..., None], tokens.to(embeds.dtype))
+
+
+def _cut_to(embeds: Tensor, segments: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, L, D) tokens and their (B, L) segments, cut to those that are ``kept``, in their order: (B, L'), padded."""
+    length = max(int(kept.sum(dim=1).max()), 1)
+    order = (~kept).long().argsort(dim=1, stable=True)[:, :length]  # (B, L')
+    short = torch.where(kept, segments, PAD).gather(1, order)
+    return embeds[torch.arange(len(embeds), device=embeds.device)[:, None], order], short  # (B, L', D)
+
+
+def _segment_mean(embeds: Tensor, segments: Tensor, segment: int) -> Tensor:
+    """(B, D) in float32, the mean of a segment's (B, L, D) tokens; zeros where a row has none."""
+    there = (segments == segment).to(embeds.dtype)[..., None]  # (B, L, 1)
+    return ((embeds * there).sum(dim=1) / there.sum(dim=1).clamp_min(1)).float()
+
+
+def _mean_of_units(parts: list[Tensor]) -> Tensor:
+    """(B, D), the mean of those (B, D) parts that are there, each of length 1; a part of zeros is not."""
+    there = torch.stack([(part != 0).any(dim=1) for part in parts]).sum(dim=0)  # (B,)
+    total = torch.stack([nn.functional.normalize(part, dim=-1) for part in parts]).sum(dim=0)
+    return total / there.clamp_min(1)[:, None]
 
 
 def _run_tower(tower: Any, values: Tensor, field: str) -> Tensor:

@@ -84,11 +84,12 @@ class VisualShortcut(nn.Module):
         self.down = nn.Linear(config.shortcut_size, size)
         self.keys = nn.Linear(input_size, config.shortcut_memory)
         self.values = nn.Linear(config.shortcut_memory, size, bias=False)
-        self.decoder = TokenDecoder(size)
+        self.decoder = TokenDecoder(size) if config.fusion == "joint" else None  # else no backbone reads a token
 
     def forward(self, mean: Tensor) -> Tensor:
         """(G, V) mean visual tokens -> (G, D) tokens."""
-        return self.decoder(self.embed(mean, mean))
+        embedding = self.embed(mean, mean)
+        return embedding if self.decoder is None else self.decoder(embedding)
 
     def embed(self, read: Tensor, recalled: Tensor) -> Tensor:
         """(G, D), normalised, from what the MLP reads and what the memory recalls: (G, V) mean visual tokens, both."""

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import EfficientNetConfig, WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.trainer_utils import validate_quantization_for_training
 
 # --- CTranslate2 ----------------------------------------------------------------------------------------------------
 
@@ -346,3 +347,12 @@ def test_the_real_minilm_finds_the_paraphrase() -> None:
     mask = batch["attention_mask"][..., None]
     pooled = F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)  # (3, 384)
     assert pooled[0] @ pooled[1] > 0.4 > pooled[0] @ pooled[2]
+
+
+@pytest.mark.network
+def test_smollm2_can_be_trained_in_full() -> None:
+    """It is read from a quantised file; transformers trains nothing that its configuration calls quantised."""
+    model, _ = load_text_tower("smollm2-135m")
+    validate_quantization_for_training(model)
+    assert not hasattr(model.config, "quantization_config")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

