@@ -277,6 +277,15 @@ def _stays(letter: str) -> bool:
     return letter.isspace() or letter in _JOINERS or letter in _VISIBLE_FORMATS or category not in ("Cc", "Cf", "Cs")
 
 
+def clean_texts(fields: Mapping[str, Given]) -> dict[str, str]:
+    """The text fields of an item as the model reads them: field to text, in ``FORMAT_ORDER``, each thing said once.
+
+    Raises:
+        ItemError: a field holds something else; says which.
+    """
+    return _texts(fields, partial(_blame, 0, None))
+
+
 def _texts(fields: Mapping[str, Given], blame: partial) -> dict[str, str]:
     """Cleaned texts, each thing said once.
 

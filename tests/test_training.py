@@ -49,6 +49,9 @@ def caches(tiny, files, tmp_path) -> tuple[FeatureCache, FeatureCache]:
 def test_cached_features_embed_like_the_media_themselves(caches, tiny, files) -> None:
     model, processor = tiny
     items = [{"image": str(files / "3.png"), "text": "x"}, {"audio": str(files / "7.wav")}, {"text": "only"}]
+    items.append(
+        {"title": "Tea", "tags": ["tea", "hot", "HOT"], "image": str(files / "4.png")}
+    )  # each thing is said once
     with torch.inference_mode():
         cached = model(**Collator(processor, *caches).encode_items(items, "Find:")).embeddings
         direct = model(**processor(items, instruction="Find:")).embeddings
@@ -64,6 +67,7 @@ def test_cached_features_embed_like_the_media_themselves(caches, tiny, files) ->
         ({"images": ["a.png"]}, "images: a feature cache holds one picture"),
         ({"image": picture(1)}, "image: with a feature cache it must be a path, got Image"),
         ({"title": " "}, "item: nothing is left"),
+        ({"title": ["a", "b"]}, "title: must be a string, got list"),
     ],
 )
 def test_what_a_feature_cache_cannot_hold_is_a_bad_item(caches, tiny, item, reason) -> None:

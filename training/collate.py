@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..items_sail import FORMAT_ORDER, LoadedItem, clean_text
+from ..items_sail import ItemError, LoadedItem, clean_texts
 from ..processing_sail import Layout, SailEmbeddingProcessor, layout_of
 from .feature_cache import FeatureCache
 from .patterns import LETTERS, parts_of
@@ -162,8 +162,10 @@ class Collator:
                 why = "is not in the feature cache" if cache is None else cache.why_missing(fields[name])
                 return Prepared(reason=f"{name}: {fields[name]!r} {why}")
             found[name] = cache[fields[name]] if name in fields and cache is not None else None
-        texts = {name: clean_text(fields[name]) for name in FORMAT_ORDER if fields.get(name)}
-        texts = {name: text for name, text in texts.items() if text}
+        try:
+            texts = clean_texts(fields)
+        except ItemError as error:
+            return Prepared(reason=f"{error.field}: {error.reason}")
         pictures, sounds = found["image"], found["audio"]
         if not texts and pictures is None and sounds is None:
             return Prepared(reason="item: nothing is left; give text that can be seen, image or audio")
