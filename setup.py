@@ -1,7 +1,7 @@
-"""Packaging: one import name, `modeling_sail`; the folders training/ and evaluation/ are its sub-packages.
+"""Packaging: one import name, `modeling_sail`; training/, evaluation/ and model_cards/ are its sub-packages.
 
-Unusual: a wheel that installed a top-level `training` would be overwritten by the next wheel that does, so both folders
-are mapped below `modeling_sail`.
+Unusual: a wheel that installed a top-level `training` would be overwritten by the next wheel that does, so the three
+folders are mapped below `modeling_sail`.
 """
 
 import re
@@ -12,7 +12,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "modeling_sail/__init__.py").read_text(encoding="utf-8"))[1]
 
-MAPPED = ("training", "evaluation")
+MAPPED = ("training", "evaluation", "model_cards")
 PACKAGES = ["modeling_sail"]
 for folder in MAPPED:
     PACKAGES += [f"modeling_sail.{folder}", *(f"modeling_sail.{folder}.{name}" for name in find_packages(folder))]
@@ -32,7 +32,10 @@ setup(
     python_requires=">=3.11",
     packages=PACKAGES,
     package_dir={f"modeling_sail.{folder}": folder for folder in MAPPED},
-    package_data={"modeling_sail.training": ["weights/*/*", "recipes/*"]},
+    package_data={
+        "modeling_sail.training": ["weights/*/*", "recipes/*"],
+        "modeling_sail.model_cards": ["template.md", "facts.yaml"],
+    },
     install_requires=[
         "av>=12",
         "faiss-cpu>=1.8",

@@ -37,6 +37,7 @@ from ..training.survey import model_hash
 from .item_to_item import alignment, cluster_relevant, content_pairs_relevant, copair_targets, i2i_recall
 from .ranker import base_features, compare, match_features, ranking_rows, sid_features
 from .recommenders import popularity, train_sasrec
+from .reports import bar_chart, spread
 from .sequences import filtered_cases, recall_of_ranks, scores_of, target_ranks, vanilla_cases
 
 logger = logging.getLogger(__name__)
@@ -256,12 +257,6 @@ def _kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return loaded
 
 
-def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Mean, and half the distance of the extremes."""
-    shown = f"{statistics.mean(values):.{digits}f}"
-    return shown if len(values) < 2 else f"{shown} ±{(max(values) - min(values)) / 2:.{digits}f}"
-
-
 def tables(results: Sequence[dict[str, Any]]) -> str:
     """Markdown: a table for each group of questions, a line for each who was asked."""
     asked = list(results[0]["table"])
@@ -282,26 +277,11 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
 def picture(results: Sequence[dict[str, Any]]) -> str:
     """The stages beside each other, as SVG: a group of bars for each question in `SHOWN`, whiskers to the extremes."""
     stages = [name for name in results[0]["table"] if name in COLORS]
-    width, parts = 26 * len(stages) + 30, []
-    for group, question in enumerate(SHOWN):
-        for place, name in enumerate(stages):
-            values = [result["table"][name][question] for result in results]
-            left, top = 40 + group * width + place * 26, 220 - 260 * statistics.mean(values)
-            low, high = 220 - 260 * min(values), 220 - 260 * max(values)
-            parts.append(f"<rect x='{left}' y='{top:.1f}' width='22' height='{220 - top:.1f}' fill='{COLORS[name]}'/>")
-            parts.append(f"<line x1='{left + 11}' x2='{left + 11}' y1='{low:.1f}' y2='{high:.1f}' stroke='#000'/>")
-        parts.append(f"<text x='{40 + group * width}' y='236'>{question}</text>")
-    for place, name in enumerate(stages):
-        parts.append(f"<rect x='{40 + 110 * place}' y='4' width='12' height='12' fill='{COLORS[name]}'/>")
-        parts.append(f"<text x='{56 + 110 * place}' y='15'>{name}</text>")
-    end = 40 + width * len(SHOWN)
-    lines = "".join(
-        f"<text x='4' y='{224 - 52 * n}'>.{2 * n}</text>"
-        f"<line x1='30' x2='{end}' y1='{220 - 52 * n}' y2='{220 - 52 * n}' stroke='#ddd'/>"
-        for n in range(4)
-    )
-    style = f"width='{end + 20}' height='246' font-family='sans-serif' font-size='12'"
-    return f"<svg xmlns='http://www.w3.org/2000/svg' {style}>{lines}{''.join(parts)}</svg>"
+    rows = {
+        question: {name: [result["table"][name][question] for result in results] for name in stages}
+        for question in SHOWN
+    }
+    return bar_chart({"title": "", "unit": "", "columns": stages, "rows": rows}, colors=COLORS)
 
 
 def ranker_table(results: Sequence[dict[str, Any]]) -> str:

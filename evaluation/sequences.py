@@ -219,7 +219,7 @@ def target_ranks(
             f"The targets of {int((~competing[targets]).sum())} cases are not among the candidates; leave those out."
         )
     rivals = np.repeat(competing[None], len(cases), axis=0)  # (Q, I)
-    for row, items in enumerate(_consumed_before(cases, interactions)):
+    for row, items in enumerate(consumed_before(cases, interactions)):
         rivals[row, items] = False
     rivals[rows, targets] = False
     own = scores[rows, targets]
@@ -258,8 +258,19 @@ def sequence_recall(
     return recall_of_ranks(target_ranks(scores, cases, interactions, candidates), ks)
 
 
-def _consumed_before(cases: Sequence[Pair], interactions: Interactions) -> Iterator[np.ndarray]:
-    """Items of all the events of a case's user before the target's."""
+def consumed_before(cases: Sequence[Pair], interactions: Interactions) -> Iterator[np.ndarray]:
+    """Items of all the events of each case's user before the target's, which are no candidates for them.
+
+    Args:
+        cases: Q of them.
+        interactions: all events that the cases were made of.
+
+    Yields:
+        (n,) places of items, in time; an item as often as it has events.
+
+    Raises:
+        ValueError: a case of another user, or whose target's event is not among the interactions.
+    """
     check_whole(interactions)
     starts = np.searchsorted(interactions.user, np.arange(len(interactions.user_ids) + 1))
     for case in cases:

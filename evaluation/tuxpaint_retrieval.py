@@ -21,77 +21,61 @@ from torch.nn import functional as F  # noqa: N812  the field's own abbreviation
 from ..modeling_sail import SailEmbeddingModel
 from ..training.build import load_built
 from ..training.collate import Collator
-from ..training.data.gcompris import load_gcompris
 from ..training.data.mini_pairs import load_sources, teacher_probabilities
-from ..training.data.tuxpaint import name_key
 from ..training.feature_cache import FeatureCache
 from ..training.mini import cache_features
 from ..training.rows import Item
 from ..training.towers import imagenet_class_names
 from ..training.warm_start import text_encoder
 from .metrics import recall_at
+from .tasks.classification import both_to_name, picture_to_name, speech_to_name
+from .tasks.content import picture_to_speech
+from .tasks.held_out import gcompris
+from .tasks.names import item_to_name
+from .tasks.queries import names_to_items
+from .tasks.task import Retrieval
 
 Rows = list[dict[str, Any]]
 Task = tuple[list[Item], list[Item], Tensor]
-LANGUAGE = "fr"  # the language with the most recorded speech
 RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
 BLENDS = (0.0, 0.2, 0.4, 0.6, 0.8)
 
-
-# Pictures of GCompris that are openclipart's too, which is trained on.
-SEEN = {f"gcompris/instruments/{name}" for name in ("flute_traversiere", "harp", "maracas", "trombone", "violin")}
 
 # --- what is retrieved ----------------------------------------------------------------------------------------------
 
 
 def tasks(rows: Rows) -> dict[str, Task]:
-    """Name of a task -> (queries, candidates, (Q, N) relevance).
+    """Name of a task -> (queries, candidates, (Q, N) relevance): those of tasks/ that `mini` is made for, on any rows.
 
-    Candidates are one for each distinct name.
+    Candidates that are names are one for each distinct name. Unlike tasks/, whose rows are `held_out.tuxpaint`, the
+    test rows hold two dozen drawings that openclipart has under another title (`held_out.SEEN`).
     """
-    spoken = [row for row in rows if LANGUAGE in row["speech"] and LANGUAGE in row["names"]]
-    english, french = _names(rows, "en"), _names(spoken, LANGUAGE)
-    picture, speech, both = _items(rows, "image"), _items(spoken, "audio"), _items(spoken, "image", "audio")
-    pictures = _items(spoken, "image")
-    mixed = [{"text": f"{english[key]['text']} {french[key]['text']}"} for key in french]
-    keys, spoken_keys = _keys(rows), _keys(spoken)
-    return {
-        "picture -> name": (picture, list(english.values()), _same(keys, english)),
-        "speech -> name": (speech, list(french.values()), _same(spoken_keys, french)),
-        "picture -> name (both languages)": (pictures, mixed, _same(spoken_keys, french)),
-        "speech -> name (both languages)": (speech, mixed, _same(spoken_keys, french)),
-        "picture+speech -> name (both languages)": (both, mixed, _same(spoken_keys, french)),
-        "name -> item (picture+speech)": (mixed, both, _same(spoken_keys, french).T),
-        "picture -> speech": (pictures, speech, _same(spoken_keys, spoken_keys)),
+    pictures, speech = picture_to_name(rows), speech_to_name(rows)
+    found = {
+        "picture -> name": pictures["en"],
+        "speech -> name": speech["fr"],
+        "picture -> name (both languages)": pictures["en-fr"],
+        "speech -> name (both languages)": speech["en-fr"],
+        "picture+speech -> name (both languages)": both_to_name(rows)["en-fr"],
+        "name -> item (picture+speech)": names_to_items(rows)["en-fr"],
+        "picture -> speech": picture_to_speech(rows),
     }
+    return {name: _as_matrix(data) for name, data in found.items()}
 
 
 def evaluation_sources() -> dict[str, Rows]:
     """`load_sources`, and "gcompris": named pictures of a source that nothing is trained on."""
-    return load_sources() | {"gcompris": [row for row in load_gcompris() if row["id"] not in SEEN]}
+    return load_sources() | {"gcompris": [dict(row) for row in gcompris()]}
 
 
 def unseen_tasks(rows: Rows) -> dict[str, Task]:
     """The same for pictures of another source: photographs and drawings of first words."""
-    names = _names(rows, "en")
-    return {"picture -> name (GCompris)": (_items(rows, "image"), list(names.values()), _same(_keys(rows), names))}
+    return {"picture -> name (GCompris)": _as_matrix(item_to_name(rows, ("en",), "image"))}
 
 
-def _names(rows: Rows, language: str) -> dict[str, Item]:
-    return {name_key(row["names"]["en"]): {"text": row["names"][language]} for row in reversed(rows)}
-
-
-def _keys(rows: Rows) -> list[str]:
-    return [name_key(row["names"]["en"]) for row in rows]
-
-
-def _items(rows: Rows, *fields: str) -> list[Item]:
-    values = [{"image": row["image"], "audio": row.get("speech", {}).get(LANGUAGE)} for row in rows]
-    return [{field: item[field] for field in fields} for item in values]
-
-
-def _same(queries: Sequence[str], candidates: Sequence[str]) -> Tensor:
-    return torch.tensor([[query == candidate for candidate in candidates] for query in queries])
+def _as_matrix(data: Retrieval) -> Task:
+    relevant = [[one in data.relevant[name] for one in data.corpus] for name in data.queries]
+    return list(data.queries.values()), list(data.corpus.values()), torch.tensor(relevant)
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
@@ -152,7 +136,7 @@ class LinearBaseline:
         features, targets = self._pooled(field, [p for p, _ in pairs]), self.encode_text([name for _, name in pairs])
         centre, middle = features.mean(dim=0), targets.mean(dim=0)
         gram, cross = (features - centre).T @ (features - centre), (features - centre).T @ (targets - middle)
-        relevant = _same([name for _, name in held], [name for _, name in held])
+        relevant = torch.tensor([[name == other for _, other in held] for _, name in held])
         best: tuple[float, dict[str, Any]] = (-1.0, {})
         for ridge in RIDGES:
             weight = torch.linalg.solve(gram + ridge * torch.eye(len(gram)), cross)

@@ -117,6 +117,39 @@ def _parser() -> argparse.ArgumentParser:
     codes.add_argument("--out", type=Path, required=True, metavar="CODES.parquet")
     sid.set_defaults(run=_sid)
 
+    evaluate = commands.add_parser("evaluate", help="tasks in MTEB style with any SentenceTransformer; see --list")
+    evaluate.add_argument("--model", metavar="DIR|ID", help="a folder, or an id of the Hub")
+    evaluate.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="tasks, families, groups or patterns")
+    evaluate.add_argument("--out", type=Path, metavar="FOLDER", help="results; what it has already is not run again")
+    evaluate.add_argument("--batch-size", type=int, default=32)
+    evaluate.add_argument("--subset", nargs="+", metavar="LANG", help="subsets or languages; all by default")
+    evaluate.add_argument("--list", action="store_true", help="print the tasks")
+    evaluate.add_argument("--backend", choices=("ours", "plain"), default="ours", help="plain: as mteb itself wraps it")
+    evaluate.add_argument("--name", help="of the model in the results; its id or its folder's by default")
+    evaluate.add_argument("--device", help="as torch names it")
+    evaluate.set_defaults(run=_evaluate)
+
+    card = commands.add_parser("card", help="write a model's card from its checkpoint, logs and result files")
+    card.add_argument("model", type=Path, metavar="DIR", help="the model's folder; the card becomes its README.md")
+    card.add_argument(
+        "--results",
+        type=Path,
+        nargs="*",
+        metavar="FOLDER",
+        help="of reports and mteb's results; of a shipped model its own",
+    )
+    card.add_argument("--out", type=Path, metavar="FILE.md", help="another place for the card")
+    card.add_argument("--name", help="of the model; the folder's, or the stage's, by default")
+    card.add_argument("--repo", metavar="USER/NAME", help="what the card's examples load; the folder by default")
+    card.set_defaults(run=_card)
+
+    push = commands.add_parser("push", help="put a model with its card on the Hub")
+    push.add_argument("model", type=Path, metavar="DIR", help="the model's folder")
+    push.add_argument("--repo", required=True, metavar="USER/NAME")
+    push.add_argument("--dry-run", action="store_true", help="list what would go up, and send nothing")
+    push.add_argument("--private", action="store_true", help="a new repository that nobody else sees")
+    push.set_defaults(run=_push)
+
     demo = commands.add_parser("demo", help="search Tux Paint by word, picture and speech; one HTML page")
     demo.add_argument("--model", type=Path, required=True)
     demo.add_argument("--out", type=Path, required=True, metavar="PAGE.html|FOLDER")
@@ -226,6 +259,36 @@ def _sid(args: argparse.Namespace) -> None:
         f"{args.model / 'semantic_ids.safetensors'}: {report['items']} held-out items, {report['collision_rate']:.1%} "
         f"collide, {report['neighbours_kept']:.1%} of the neighbours kept, error after each level {errors}"
     )
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from .evaluation.evaluate_job import evaluate, list_tasks, table
+
+    if args.list:
+        print(list_tasks())
+        return
+    if missing := [name for name in ("model", "tasks", "out") if not getattr(args, name)]:
+        raise ValueError(f"--{' and --'.join(missing)} needed; the tasks are listed by: sail evaluate --list")
+    settings = {name: getattr(args, name) for name in ("batch_size", "backend", "name", "device")}
+    rows = evaluate(args.model, args.tasks, args.out, subsets=args.subset, **settings)
+    print(table(rows))
+    print(args.out / "summary.json")
+    if failed := {row["task"] for row in rows if row["error"]}:
+        raise RuntimeError(f"{len(failed)} of the tasks have no scores: {', '.join(sorted(failed))}")
+
+
+def _card(args: argparse.Namespace) -> None:
+    from .model_cards.card import make_card
+
+    for path in make_card(args.model, args.results, args.out, name=args.name, repo=args.repo):
+        print(path)
+
+
+def _push(args: argparse.Namespace) -> None:
+    from .model_cards.push import push
+
+    plan = push(args.model, args.repo, dry_run=args.dry_run, private=args.private)
+    print(plan if args.dry_run else f"{len(plan.files)} files are at {plan.repo}")
 
 
 def _demo(args: argparse.Namespace) -> None:

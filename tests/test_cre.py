@@ -97,7 +97,7 @@ def test_the_picture_has_a_bar_of_the_mean_for_each_stage_and_question() -> None
     root = ElementTree.fromstring(cre.picture([{"table": one} for one in asked]))
     bars = [one for one in root.iter() if one.tag.endswith("rect") and one.get("width") == "22"]
     assert len(bars) == 2 * len(cre.SHOWN)  # als is no stage
-    assert {one.get("height") for one in bars} == {"78.0"}  # 0.3 of 260 pixels
+    assert {one.get("height") for one in bars} == {"150.0"}  # 0.3 where the axis has 0.4 in 200 pixels
     assert [one.text for one in root.iter() if one.tag.endswith("text") and one.text in cre.SHOWN] == list(cre.SHOWN)
 
 

@@ -12,14 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from modeling_sail.evaluation.metrics import (
+    average_precision,
     bijective_accuracy,
     grouped_auc,
     kendall_tau,
     normalized_mutual_information,
     recall_at,
+    roc_auc,
+    separability,
     top_k_overlap,
 )
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 
 def brute(scores, relevant, k) -> float:
@@ -186,6 +189,20 @@ def test_bijective_accuracy_equals_brute_force(pairs: int, seed: int) -> None:
         nearest = max(range(pairs), key=lambda j: cosine(i, j))
         hits += max(range(pairs), key=lambda q: cosine(q, nearest)) == i
     assert bijective_accuracy(queries, targets, excluded) == pytest.approx(hits / pairs)
+    for chunk in (1, 2, 5):
+        assert bijective_accuracy(queries, targets, excluded, chunk=chunk) == pytest.approx(hits / pairs)
+    places = [np.flatnonzero(row) for row in excluded]
+    assert bijective_accuracy(queries, targets, places, chunk=2) == pytest.approx(hits / pairs)
+    assert bijective_accuracy(queries, targets, [row.tolist() for row in places]) == pytest.approx(hits / pairs)
+    assert bijective_accuracy(queries, targets, excluded.tolist()) == pytest.approx(hits / pairs)
+
+
+@given(st.integers(2, 9), st.integers(1, 9), st.integers(0, 10_000))
+@settings(deadline=None)
+def test_bijective_accuracy_does_not_depend_on_the_chunk_with_ties_either(pairs: int, chunk: int, seed: int) -> None:
+    queries, targets = np.random.default_rng(seed).integers(-1, 2, (2, pairs, 2)) * 1.0
+    queries[~queries.any(axis=1)] = targets[~targets.any(axis=1)] = 1
+    assert bijective_accuracy(queries, targets, chunk=chunk) == bijective_accuracy(7 * queries, targets)
 
 
 # --- GAUC -----------------------------------------------------------------------------------------------------------
@@ -224,9 +241,107 @@ def test_gauc_does_not_depend_on_the_order_of_events(order: list[int], seed: int
     assert second == (pytest.approx(first.value), first.share)
 
 
+# --- AUC, average precision and separability ------------------------------------------------------------------------
+
+
+@st.composite
+def events(draw: st.DrawFn, fewest: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of few values and labels, of both at least one."""
+    labels = draw(st.lists(st.booleans(), min_size=fewest, max_size=30).filter(lambda some: len(set(some)) == 2))
+    scores = draw(st.lists(st.integers(-3, 3), min_size=len(labels), max_size=len(labels)))
+    return np.array(scores) / 4, np.array(labels)
+
+
+@given(events())
+@settings(deadline=None)
+def test_auc_is_the_share_of_pairs_in_order_and_that_of_sklearn(some: tuple[np.ndarray, np.ndarray]) -> None:
+    scores, labels = some
+    pairs = scores[labels][:, None] - scores[~labels]
+    assert roc_auc(scores, labels) == pytest.approx(((pairs > 0) + 0.5 * (pairs == 0)).mean(), abs=1e-12)
+    assert roc_auc(scores, labels) == pytest.approx(roc_auc_score(labels, scores))
+    assert roc_auc(-scores, ~labels) == pytest.approx(roc_auc(scores, labels))
+
+
+def test_auc_in_closed_form_is_exact_on_ties() -> None:
+    assert roc_auc(np.ones(999), np.arange(999) % 3 == 0) == 0.5
+    assert roc_auc([-math.inf, 0, math.inf], [0, 0, 1]) == 1
+    assert roc_auc([0.1, 0.4, 0.35, 0.8], [0, 0, 1, 1]) == 0.75
+    assert roc_auc(np.arange(300_000) % 3, np.arange(300_000) % 3 == 1) == 0.5
+
+
+@given(events())
+@settings(deadline=None)
+def test_average_precision_puts_tied_negatives_first(some: tuple[np.ndarray, np.ndarray]) -> None:
+    scores, labels = some
+    order = sorted(range(len(scores)), key=lambda place: (-scores[place], labels[place]))
+    hits = [place for place, event in enumerate(order, start=1) if labels[event]]
+    expected = np.mean([found / place for found, place in enumerate(hits, start=1)])
+    assert average_precision(scores, labels) == pytest.approx(expected)
+    untied = scores - 1e-3 * labels + 1e-6 * np.arange(len(scores))
+    assert average_precision(scores, labels) == pytest.approx(average_precision_score(labels, untied))
+    assert average_precision(scores, labels) <= average_precision_score(labels, scores) + 1e-12
+
+
+def test_average_precision_of_a_constant_score_is_the_least_there_is() -> None:
+    labels = np.arange(6) < 2
+    least = (1 / 5 + 2 / 6) / 2
+    assert average_precision(np.zeros(6), labels) == pytest.approx(least)
+    assert average_precision(np.arange(6), labels) == pytest.approx(least)
+    assert average_precision(-np.arange(6), labels) == 1
+
+
+@given(events(), st.integers(0, 10_000))
+@settings(deadline=None)
+def test_what_ranks_events_does_not_depend_on_their_order(some: tuple[np.ndarray, np.ndarray], seed: int) -> None:
+    scores, labels = some
+    order = np.random.default_rng(seed).permutation(len(labels))
+    for metric in (roc_auc, average_precision):
+        assert metric(scores[order], labels[order]) == pytest.approx(metric(scores, labels))
+    found = separability(scores[labels], scores[~labels])
+    again = separability(scores[order][labels[order]], scores[order][~labels[order]])
+    assert again[:4] == pytest.approx(found[:4])
+
+
+def test_separability_in_closed_form() -> None:
+    found = separability([0.9, 0.9, 0.1, -0.3], [0.1, -0.3], bins=4)  # edges -1, -0.5, 0, 0.5, 1
+    assert found.positive_mean == pytest.approx(0.4) and found.negative_mean == pytest.approx(-0.1)
+    assert found.edges.tolist() == [-1, -0.5, 0, 0.5, 1]
+    assert found.positive_histogram.tolist() == [0, 0.25, 0.25, 0.5]
+    assert found.negative_histogram.tolist() == [0, 0.5, 0.5, 0]
+    assert found.overlap == 0.5
+    assert found.auc == pytest.approx((4 + 1 + 2 * 0.5) / 8)  # 0.9 beats all, 0.1 and -0.3 tie once, 0.1 beats -0.3
+    assert separability([1.0000001, 1], [-1.0000001])[2:4] == (0, 1)
+
+
+@given(events())
+@settings(deadline=None)
+def test_separability_is_symmetric_and_a_constant_cosine_separates_nothing(some: tuple[np.ndarray, np.ndarray]) -> None:
+    scores, labels = some
+    found, back = (separability(scores[one], scores[~one]) for one in (labels, ~labels))
+    assert found.overlap == pytest.approx(back.overlap) and 0 <= found.overlap <= 1 + 1e-12
+    assert found.auc == pytest.approx(1 - back.auc) == pytest.approx(1 - roc_auc_score(~labels, scores))
+    assert found.positive_histogram.sum() == pytest.approx(1) and len(found.negative_histogram) == 50
+    constant = separability(np.full(3, scores[0]), np.full(5, scores[0]))
+    assert constant.overlap == 1 and constant.auc == 0.5
+
+
 @pytest.mark.parametrize(
     ("metric", "arguments", "message"),
     [
+        (bijective_accuracy, (np.eye(2), np.eye(2), [[1]]), r"excluded of shape \(1, 2\)"),
+        (bijective_accuracy, (np.eye(2), np.eye(2), [[0], []]), "False on the diagonal"),
+        (bijective_accuracy, (np.eye(2), np.eye(2), [[], [2]]), "names targets 2 to 2; there are 2"),
+        (roc_auc, ([1, 2], [1, 1]), "2 positive and 0 negative"),
+        (roc_auc, ([1, 2, 3], [0, 1]), r"\(N,\) of each"),
+        (roc_auc, ([1, math.nan], [0, 1]), "NaN"),
+        (average_precision, ([1, 2], [0, 0]), "None of 2 events is positive"),
+        (average_precision, ([], []), "None of 0 events"),
+        (average_precision, ([1, 2], [0, 2]), "neither 0 nor 1"),
+        (separability, ([], [0.5]), r"positive of shape \(0,\)"),
+        (separability, ([0.5], [[0.5]]), r"negative of shape \(1, 1\)"),
+        (separability, ([0.5], [3.0]), "within -1 .. 1"),
+        (separability, ([math.nan], [0.5]), "within -1 .. 1"),
+        (separability, ([0.5], [0.5], 0), "bins=0"),
         (normalized_mutual_information, ([0, 1], [0]), r"shapes \(2,\) and \(1,\)"),
         (normalized_mutual_information, ([], []), "a pair at least"),
         (kendall_tau, ([[1, 2]], [[1, 2, 3]]), r"\(Q, N\) of both"),
@@ -248,3 +363,8 @@ def test_gauc_does_not_depend_on_the_order_of_events(order: list[int], seed: int
 def test_what_a_metric_cannot_take_is_refused(metric: Any, arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         metric(*arguments)
+
+
+def test_bijective_accuracy_refuses_a_chunk_of_nothing() -> None:
+    with pytest.raises(ValueError, match="chunk=0"):
+        bijective_accuracy(np.eye(2), np.eye(2), chunk=0)

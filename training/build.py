@@ -100,6 +100,8 @@ def assemble(preset: str, towers: dict[str, str] | None = None) -> tuple[SailEmb
     text, tokenizer = load_text_tower(names["text"])
     vision, image_processor = load_vision_tower(names["vision"])
     audio, extractor = load_audio_tower(names["audio"], window_seconds=window)
+    for tower, one in (("text", text), ("vision", vision), ("audio", audio)):
+        one.config._name_or_path = _said_name(names[tower])
     overrides = {"text_config": text.config, "vision_config": vision.config, "audio_config": audio.config}
     if preset == "2b" and not towers:
         overrides["matryoshka_dims"] = [128, 768, text.config.hidden_size]
@@ -112,6 +114,11 @@ def assemble(preset: str, towers: dict[str, str] | None = None) -> tuple[SailEmb
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.text_tower.resize_token_embeddings(len(tokenizer))
     return model.eval(), processor
+
+
+def _said_name(name: str) -> str:
+    """What a saved configuration says of a tower: its pinned name or Hub id; of a folder its name, not its path."""
+    return Path(name).name if Path(name).is_dir() else name
 
 
 def preset_config_window(preset: str) -> float:

@@ -167,6 +167,17 @@ def _both(row: dict[str, Any]) -> Make:
     return make
 
 
+def _both_unheard(row: dict[str, Any]) -> Make:
+    """`_both` for a model without ears: the same names, the picture alone."""
+    both = _both(row)
+
+    def make(generator: random.Random) -> dict[str, Any]:
+        found = both(generator)
+        return found | {"query": {"image": found["query"]["image"]}}
+
+    return make
+
+
 def _cross(row: dict[str, Any]) -> Make:
     def make(generator: random.Random) -> dict[str, Any]:
         path = row["speech"][generator.choice(sorted(row["speech"]))]
@@ -246,6 +257,8 @@ SOURCES: dict[str, Callable[[], Source]] = {
     "tuxpaint-speech": lambda: _speech_source("tuxpaint"),
     "emoji-speech": lambda: _speech_source("emoji"),
     "both": lambda: _source(_both, _spoken_rows("tuxpaint", "emoji")),
+    "tuxpaint-both": lambda: _source(_both, _spoken_rows("tuxpaint")),
+    "both-unheard": lambda: _source(_both_unheard, _spoken_rows("tuxpaint", "emoji")),
     "cross": lambda: _source(_cross, _spoken_rows("tuxpaint", "emoji")),
     "same-title": _same_title_source,
     "graded": _graded_source,

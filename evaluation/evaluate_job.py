@@ -1,0 +1,209 @@
+"""`sail evaluate`: tasks of evaluation/tasks with any SentenceTransformer; mteb's result files, a summary and a table.
+
+Room: Embeddings -> **Evaluation** -> Card. Unusual: what a folder already has of the same model and task is not run
+again, so a killed job goes on; a task that fails is told at the end and does not stop the others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .tasks import TASKS, find_tasks
+from .tasks.task import Task
+
+BACKENDS = ("ours", "plain")
+COLUMNS = ("recall_at_1", "recall_at_10", "recall_at_50")  # of the table; the summary has all
+
+
+def list_tasks() -> str:
+    """The tasks as a table: name, family, group, subsets, what finds what."""
+    rows = [("task", "family", "group", "subsets", "query -> target")]
+    for task in TASKS.values():
+        sides = [", ".join(side) for side in (task.query_modalities, task.target_modalities)]
+        rows.append((task.name, task.family, task.group, " ".join(task.languages), " -> ".join(sides)))
+    return _aligned(rows)
+
+
+def evaluate(
+    model: str,
+    names: Sequence[str],
+    out: Path,
+    *,
+    batch_size: int = 32,
+    subsets: Sequence[str] | None = None,
+    backend: str = "ours",
+    name: str | None = None,
+    device: str | None = None,
+) -> list[dict[str, Any]]:
+    """Evaluate a model on tasks.
+
+    ``out`` gets ``results/<model>/<revision>/<task>.json``, as mteb writes them, and ``summary.json``: a row for each
+    model, task and subset that this folder has seen.
+
+    Args:
+        model: a folder, or an id of the Hub.
+        names: tasks, families, groups or patterns (`find_tasks`).
+        out: the folder of results.
+        batch_size: of the model.
+        subsets: names of subsets, or languages ("fr", "fra", "fra-Latn"); all by default.
+        backend: "ours", or "plain" for the way in which mteb itself wraps a SentenceTransformer.
+        name: how results name the model; its id, or its folder's last two names, by default.
+        device: as torch names it; the best there is by default.
+
+    Returns:
+        The summary's rows of these tasks, in order. ``error`` says why there are no scores.
+
+    Raises:
+        ValueError: an unknown task, subset or backend, or a model that cannot be loaded.
+        OSError: ``out`` cannot be written.
+        ImportError: the extra ``[eval]`` is missing.
+    """
+    if not names:
+        raise ValueError("no tasks; name some after --tasks, or see them with --list.")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is not one of {BACKENDS}.")
+    tasks = find_tasks(names)
+    chosen = _chosen_subsets(tasks, subsets)
+    _check_writable(out)
+    encoder_module, run_task = _adapter()
+    loaded = load_model(model, device)
+    label = name or name_of(model)
+    encoder = (encoder_module.SailEncoder if backend == "ours" else encoder_module.plain_encoder)(loaded, label)
+    rows: list[dict[str, Any]] = []
+    for place, (task, wanted) in enumerate(chosen, start=1):
+        print(f"[{place}/{len(chosen)}] {task.name}", flush=True)
+        rows += _task_rows(encoder, task, wanted, run_task, out, batch_size)
+        write_summary(out, rows)
+    return rows
+
+
+def load_model(model: str, device: str | None = None) -> Any:
+    """A SentenceTransformer of a folder or an id of the Hub.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    folder = Path(model)
+    if folder.exists() and not (folder / "modules.json").is_file():
+        hint = f"build one: sail build --preset mini --out {model}"
+        raise ValueError(f"{model} holds no SentenceTransformer (no modules.json); {hint}")
+    if not folder.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        raise ValueError(f"{model} is no folder, and no id of the Hub (user/name).")
+    try:
+        return SentenceTransformer(model, trust_remote_code=folder.exists(), device=device)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{model} cannot be loaded as a SentenceTransformer, as a folder or from the Hub: {first}"
+        ) from (error)
+
+
+def name_of(model: str) -> str:
+    """How results name a model: an id as it is, a folder by its last two names (runs/pairs/model: pairs/model)."""
+    if not Path(model).exists():
+        return model
+    parts = Path(model).resolve().parts[-2:]
+    return "/".join(part for part in parts if part != os.sep)
+
+
+def write_summary(out: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Put rows into ``out/summary.json``: a row of the same model, revision, task and subset is replaced."""
+    path = out / "summary.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    merged = {_row_key(row): row for row in [*known, *rows]}
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(list(merged.values()), indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Task, subset, main score and recalls of each row, or why there are none."""
+    lines = [("task", "subset", "main score", "", *COLUMNS)]
+    for row in rows:
+        if row["error"]:
+            lines.append((row["task"], row["subset"], row["error"]))
+            continue
+        recalls = [f"{row['scores'][name]:.3f}" if name in row["scores"] else "" for name in COLUMNS]
+        lines.append((row["task"], row["subset"], row["main_score"], f"{row['score']:.3f}", *recalls))
+    return _aligned(lines)
+
+
+def _row_key(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(row[name] for name in ("model", "revision", "task", "subset"))
+
+
+def _task_rows(
+    encoder: Any, task: Task, wanted: Sequence[str], run_task: Any, out: Path, batch_size: int
+) -> list[dict[str, Any]]:
+    """A row for each subset; where the task cannot be run, one that says why."""
+    meta = encoder.mteb_model_meta
+    row = {"model": meta.name, "revision": meta.revision, "task": task.name, "family": task.family, "group": task.group}
+    row |= {"main_score": task.main_score, "error": ""}
+    try:
+        found = run_task(encoder, task, out, batch_size=batch_size, subsets=wanted)
+    except (ValueError, OSError, RuntimeError, ImportError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return [row | {"subset": subset, "score": None, "scores": {}, "error": reason} for subset in wanted]
+    rows = []
+    for subset in wanted:
+        scores = {name: value for name, value in found[subset].items() if isinstance(value, float)}
+        scores.pop("main_score", None)
+        rows.append(row | {"subset": subset, "score": scores[task.main_score], "scores": scores})
+    return rows
+
+
+def _chosen_subsets(tasks: Sequence[Task], asked: Sequence[str] | None) -> list[tuple[Task, list[str]]]:
+    """Each task with its subsets that were asked for; a task with none of them is left out."""
+    if not asked:
+        return [(task, list(task.languages)) for task in tasks]
+    chosen, known = [], set()
+    for task in tasks:
+        fitting = [name for name, codes in task.languages.items() if any(_speaks(one, name, codes) for one in asked)]
+        known |= {one for one in asked if any(_speaks(one, name, codes) for name, codes in task.languages.items())}
+        if fitting:
+            chosen.append((task, fitting))
+    if missing := [one for one in asked if one not in known]:
+        names = sorted({name for task in tasks for name in task.languages})
+        raise ValueError(f"no task here has the subset {', '.join(missing)}; there are {', '.join(names)}.")
+    return chosen
+
+
+def _speaks(asked: str, subset: str, codes: Sequence[str]) -> bool:
+    return asked == subset or any(asked in (code, code.partition("-")[0]) for code in codes)
+
+
+def _check_writable(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"--out {out} cannot be written: {error.strerror or error}") from error
+
+
+def _adapter() -> tuple[Any, Any]:
+    try:
+        from . import mteb_encoder
+        from .mteb_tasks import run_task
+    except ImportError as error:
+        raise ImportError(
+            f"evaluation needs the extra [eval] ({error}): pip install -c constraints.txt '.[eval]'"
+        ) from error
+    return mteb_encoder, run_task
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text; what a short row ends with is not cut and widens nothing."""
+    longest = max(map(len, rows))
+    widths = [max(len(row[place]) for row in rows if len(row) == longest) for place in range(longest)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows)
+    return "\n".join(lines)
