@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -63,18 +62,22 @@ def kept(item: Item, modalities: Collection[str]) -> Item:
 
 
 def by_parts(
-    encode: Callable[[list[Item]], np.ndarray], modalities: Collection[str]
-) -> Callable[[Sequence[Item]], Any]:
-    """`encode` for items of which only some modalities are read; zeros for those that have none of them."""
+    encode: Callable[[list[Item]], np.ndarray], modalities: Collection[str], size: int
+) -> Callable[[Sequence[Item]], np.ndarray]:
+    """`encode` for items of which only some modalities are read; zeros for those that have none of them.
+
+    Args:
+        encode: items to (N, D) vectors.
+        modalities: of "text", "vision", "audio".
+        size: D.
+    """
 
     def encode_kept(items: Sequence[Item]) -> np.ndarray:
         parts = [kept(item, modalities) for item in items]
         full = [place for place, part in enumerate(parts) if part]
-        if not full:
-            return np.zeros((len(items), 1), dtype=np.float32)
-        vectors = encode([parts[place] for place in full])
-        found = np.zeros((len(items), vectors.shape[1]), dtype=np.float32)
-        found[full] = vectors
+        found = np.zeros((len(items), size), dtype=np.float32)
+        if full:
+            found[full] = encode([parts[place] for place in full])
         return found
 
     return encode_kept
@@ -128,7 +131,7 @@ def model_encoder(
         return np.stack([known[key] for key in keys])
 
     def encode(items: Sequence[Item], side: str) -> np.ndarray:
-        return by_parts(lambda some: embed(some, side), there)(items)
+        return by_parts(lambda some: embed(some, side), there, model.config.hidden_size)(items)
 
     return with_sequences(encode)
 
@@ -141,7 +144,7 @@ def text_only_encoder() -> Encode:
     def embed(items: list[Item]) -> np.ndarray:
         return backbone([said(item) for item in items]).numpy()
 
-    encode = by_parts(embed, ("text",))
+    encode = by_parts(embed, ("text",), model.config.hidden_size)
     return with_sequences(lambda items, side: encode(items))
 
 
@@ -175,5 +178,5 @@ def linear_encoder(work: Path, data: Data) -> Encode:
             vectors[places] = F.normalize(torch.stack(parts).sum(dim=0), dim=-1)
         return vectors.numpy()
 
-    encode = by_parts(embed, tuple(FIELDS))
+    encode = by_parts(embed, tuple(FIELDS), model.config.hidden_size)
     return with_sequences(lambda items, side: encode(items))

@@ -182,7 +182,8 @@ def test_an_item_is_read_with_the_modalities_there_are_and_zeros_where_none_is()
         seen.extend(parts)
         return np.ones((len(parts), 3), dtype=np.float32)
 
-    found = by_parts(encode, ("text", "vision"))(items)
+    found = by_parts(encode, ("text", "vision"), 3)(items)
+    assert by_parts(encode, ("text",), 3)([{"audio": "y.ogg"}]).shape == (1, 3), "vectors of nothing are as long"
     assert seen == [{"title": "a", "image": "x.png"}, {"image": "z.png"}]
     assert found.any(axis=1).tolist() == [True, False, True]
     assert kept(items[0], ("text",)) == {"title": "a"}
