@@ -56,7 +56,8 @@ def evaluate(
         device: as torch names it; the best there is by default.
 
     Returns:
-        The summary's rows of these tasks, in order. ``error`` says why there are no scores.
+        The summary's rows of these tasks, in order. ``status`` is "ok"; "skipped" where the model has nothing of what
+        a side has; or "failed"; ``reason`` says why there are no scores.
 
     Raises:
         ValueError: an unknown task, subset or backend, or a model that cannot be loaded.
@@ -65,11 +66,12 @@ def evaluate(
     """
     if not names:
         raise ValueError("no tasks; name some after --tasks, or see them with --list.")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is not one of {BACKENDS}.")
+    if backend not in BACKENDS or batch_size < 1:
+        raise ValueError(f"backend={backend!r} must be one of {BACKENDS}, batch_size={batch_size} at least 1.")
     tasks = find_tasks(names)
     chosen = _chosen_subsets(tasks, subsets)
     _check_writable(out)
+    read_summary(out)  # before the work, if it is damaged
     encoder_module, run_task = _adapter()
     loaded = load_model(model, device)
     label = name or name_of(model)
@@ -102,7 +104,7 @@ def load_model(model: str, device: str | None = None) -> Any:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"{model} cannot be loaded as a SentenceTransformer, as a folder or from the Hub: {first}"
-        ) from (error)
+        ) from error
 
 
 def name_of(model: str) -> str:
@@ -113,11 +115,29 @@ def name_of(model: str) -> str:
     return "/".join(part for part in parts if part != os.sep)
 
 
+def read_summary(out: Path) -> list[dict[str, Any]]:
+    """The rows of ``out/summary.json``; none where it is missing.
+
+    Raises:
+        ValueError: it is no list of rows.
+    """
+    path = out / "summary.json"
+    if not path.exists():
+        return []
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        list(map(_row_key, rows))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is no summary of `sail evaluate` ({error}); move it away, or name another --out."
+        ) from error
+    return rows
+
+
 def write_summary(out: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Put rows into ``out/summary.json``: a row of the same model, revision, task and subset is replaced."""
     path = out / "summary.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    merged = {_row_key(row): row for row in [*known, *rows]}
+    merged = {_row_key(row): row for row in [*read_summary(out), *rows]}
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(list(merged.values()), indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
@@ -128,8 +148,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Task, subset, main score and recalls of each row, or why there are none."""
     lines = [("task", "subset", "main score", "", *COLUMNS)]
     for row in rows:
-        if row["error"]:
-            lines.append((row["task"], row["subset"], row["error"]))
+        if row["status"] != "ok":
+            lines.append((row["task"], row["subset"], f"{row['status']}: {row['reason']}"))
             continue
         recalls = [f"{row['scores'][name]:.3f}" if name in row["scores"] else "" for name in COLUMNS]
         lines.append((row["task"], row["subset"], row["main_score"], f"{row['score']:.3f}", *recalls))
@@ -146,12 +166,16 @@ def _task_rows(
     """A row for each subset; where the task cannot be run, one that says why."""
     meta = encoder.mteb_model_meta
     row = {"model": meta.name, "revision": meta.revision, "task": task.name, "family": task.family, "group": task.group}
-    row |= {"main_score": task.main_score, "error": ""}
+    row |= {"main_score": task.main_score, "score": None, "scores": {}, "status": "ok", "reason": ""}
+    for side in (task.query_modalities, task.target_modalities):
+        if not set(side) & set(meta.modalities):
+            why = f"a side has {', '.join(side)}, the model {', '.join(meta.modalities)}"
+            return [row | {"subset": subset, "status": "skipped", "reason": why} for subset in wanted]
     try:
         found = run_task(encoder, task, out, batch_size=batch_size, subsets=wanted)
     except (ValueError, OSError, RuntimeError, ImportError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return [row | {"subset": subset, "score": None, "scores": {}, "error": reason} for subset in wanted]
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return [row | {"subset": subset, "status": "failed", "reason": why} for subset in wanted]
     rows = []
     for subset in wanted:
         scores = {name: value for name, value in found[subset].items() if isinstance(value, float)}
@@ -202,8 +226,10 @@ def _adapter() -> tuple[Any, Any]:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text; what a short row ends with is not cut and widens nothing."""
-    longest = max(map(len, rows))
-    widths = [max(len(row[place]) for row in rows if len(row) == longest) for place in range(longest)]
+    """Columns of text; the last cell of a row widens none."""
+    widths = [
+        max((len(row[place]) for row in rows if len(row) > place + 1), default=0)
+        for place in range(max(map(len, rows)))
+    ]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows)
     return "\n".join(lines)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -166,9 +168,24 @@ def meta_of(model: SentenceTransformer, name: str) -> ModelMeta:
     return ModelMeta.model_validate(ModelMeta.create_empty().model_dump() | known)
 
 
+@contextmanager
+def _silence(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def plain_encoder(model: SentenceTransformer, name: str) -> SentenceTransformerEncoderWrapper:
-    """The model as mteb itself wraps it, its results kept apart from those of `SailEncoder`."""
-    wrapper = SentenceTransformerEncoderWrapper(model)
+    """The model as mteb itself wraps it, its results kept apart from those of `SailEncoder`.
+
+    Of its prompts mteb takes those named as its own tasks and sides ("query", "document") are, and no others.
+    """
+    with warnings.catch_warnings(action="ignore"), _silence("mteb"):  # a page about each name that is not mteb's
+        wrapper = SentenceTransformerEncoderWrapper(model)
     wrapper.mteb_model_meta = meta_of(model, f"{name}-plain")
     return wrapper
 

@@ -23,8 +23,7 @@ from mteb.abstasks import AbsTaskPairClassification, AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.cache import ResultCache
 from mteb.models import EncoderProtocol
-from mteb.types import PromptType
-from mteb.types._metadata import Licenses
+from mteb.types import Licenses, PromptType
 from torch.utils.data import DataLoader
 
 from ..media_sail import LoadOptions, load_sound

@@ -273,8 +273,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     rows = evaluate(args.model, args.tasks, args.out, subsets=args.subset, **settings)
     print(table(rows))
     print(args.out / "summary.json")
-    if failed := {row["task"] for row in rows if row["error"]}:
-        raise RuntimeError(f"{len(failed)} of the tasks have no scores: {', '.join(sorted(failed))}")
+    if failed := sorted({row["task"] for row in rows if row["status"] == "failed"}):
+        raise RuntimeError(f"{len(failed)} of the tasks failed: {', '.join(failed)}")
 
 
 def _card(args: argparse.Namespace) -> None:

@@ -197,6 +197,13 @@ def test_bijective_accuracy_equals_brute_force(pairs: int, seed: int) -> None:
     assert bijective_accuracy(queries, targets, excluded.tolist()) == pytest.approx(hits / pairs)
 
 
+def test_of_targets_that_are_equally_near_but_for_rounding_the_first_is_taken() -> None:
+    # Query 0 has target 1 nearer by 7e-13; but for the first, of which query 1 is kept, it would be sent away.
+    queries, targets = [[1.0, 1.0], [1.0, 0.2]], [[1.0, 0.0], [1.0, 1e-12]]
+    assert bijective_accuracy(queries, targets, [[], [0]]) == 1
+    assert bijective_accuracy(queries, targets[::-1], [[], [0]]) == 1
+
+
 @given(st.integers(2, 9), st.integers(1, 9), st.integers(0, 10_000))
 @settings(deadline=None)
 def test_bijective_accuracy_does_not_depend_on_the_chunk_with_ties_either(pairs: int, chunk: int, seed: int) -> None:

@@ -477,13 +477,27 @@ def test_a_task_that_fails_is_told_and_does_not_stop_the_others(
     assert main(["evaluate", "--model", str(tiny_folder), "--tasks", *names, "--out", str(tmp_path)]) == 2
     printed = capsys.readouterr()
     assert "the data set is not to be had" in printed.out and "TinyGone" in printed.err
-    errors = {row["task"]: row["error"] for row in json.loads((tmp_path / "summary.json").read_text())}
-    assert errors == {"TinyGone": "the data set is not to be had", "TinyLanguages": ""}
+    reasons = {row["task"]: row["reason"] for row in json.loads((tmp_path / "summary.json").read_text())}
+    assert reasons == {"TinyGone": "the data set is not to be had", "TinyLanguages": ""}
+
+
+def test_a_task_of_which_the_model_has_nothing_is_skipped_with_the_reason(
+    languages, texts_only, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(evaluate_job, "load_model", lambda name, device: texts_only)
+    seen = dataclasses.replace(languages, name="TinySeen", query_modalities=["image"])
+    monkeypatch.setitem(tasks.TASKS, "TinySeen", seen)
+    assert main(["evaluate", "--model", "a/b", "--tasks", "Tiny*", "--out", str(tmp_path), "--subset", "en"]) == 0
+    assert "skipped: a side has image, the model text" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "summary.json").read_text())
+    assert [row["status"] for row in rows] == ["ok", "skipped"]
 
 
 def test_mistakes_are_one_line(languages, tiny_folder, tmp_path, capsys) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "summary.json").write_text('{"a": 1}')
     good = {"--model": str(tiny_folder), "--tasks": "TinyLanguages", "--out": str(tmp_path / "out")}
     mistakes = [
         ({"--tasks": "TinyLanguage"}, "TinyLanguages"),
@@ -492,7 +506,9 @@ def test_mistakes_are_one_line(languages, tiny_folder, tmp_path, capsys) -> None
         ({"--model": None}, "--model needed"),
         ({"--tasks": None}, "--tasks needed"),
         ({"--out": str(tmp_path / "file")}, "cannot be written"),
+        ({"--out": str(tmp_path / "other")}, "no summary"),
         ({"--subset": "ru"}, "en, fr"),
+        ({"--batch-size": "0"}, "at least 1"),
     ]
     for change, expected in mistakes:
         words = [word for name, value in (good | change).items() if value is not None for word in (name, value)]

@@ -140,7 +140,8 @@ def test_a_search_brings_together_what_shares_two_words_of_name_tags_and_emoji_k
         "openclipart/puma",
         "openclipart/mouse",
     }
-    assert ids(data, "emoji/1f981") == {"lion", "lion2", "puma"}
+    assert ids(data, "emoji/1f981") == {"puma"}  # of its own name are lion and lion2
+    assert data.excluded["emoji/1f981"] == {"emoji/1f981", STAMPS[0]["id"], STAMPS[1]["id"]}
     assert ids(data, "openclipart/puma") == {"lion", "lion2", "1f981", "mouse"}
     assert ids(data, "openclipart/mouse") == {"puma"}
 

@@ -6,6 +6,7 @@ the same of open pictures and sounds.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 
 from .held_out import Row, gcompris, illustrations, item_of, key_of, spoken, tuxpaint, words
@@ -30,16 +31,20 @@ MUTE = {
 # --- relations ------------------------------------------------------------------------------------------------------
 
 
-def among(items: Mapping[str, Item], alike: Callable[[str, str], bool]) -> Retrieval:
+def among(
+    items: Mapping[str, Item], alike: Callable[[str, str], bool], barred: Callable[[str, str], bool] = operator.eq
+) -> Retrieval:
     """Items that are to find those like them, never themselves; who is like nobody is no query, but can be found.
 
     Args:
         items: by id.
         alike: of two ids, symmetric.
+        barred: of two ids, whether they are no candidates for each other; of one id with itself it must be.
     """
-    relevant = {one: frozenset(other for other in items if other != one and alike(one, other)) for one in items}
+    out = {one: frozenset(other for other in items if barred(one, other)) for one in items}
+    relevant = {one: frozenset(other for other in items if alike(one, other)) - out[one] for one in items}
     asked = {one: found for one, found in relevant.items() if found}
-    return Retrieval({one: items[one] for one in asked}, items, asked, {one: frozenset({one}) for one in asked})
+    return Retrieval({one: items[one] for one in asked}, items, asked, {one: out[one] for one in asked})
 
 
 def same_name(rows: Sequence[Row]) -> Retrieval:

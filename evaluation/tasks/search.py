@@ -29,11 +29,19 @@ def search_words(rows: Sequence[Row], illustrated: Sequence[Row]) -> dict[str, f
 
 
 def same_search(stamps: Sequence[Row], illustrated: Sequence[Row]) -> Retrieval:
-    """Items with name and picture find those that share `SHARED` search words with them."""
+    """Items with name and picture find those of another name that share `SHARED` search words with them.
+
+    Those of the same name are no candidates: the title alone would tell.
+    """
     rows = [*stamps, *illustrated]
     found = search_words(rows, illustrated)
     items = {row["id"]: item_of(row, "title", "image") for row in rows if row["id"] in found}
-    return among(items, lambda one, other: len(found[one] & found[other]) >= SHARED)
+    keys = {row["id"]: key_of(row) for row in rows}
+    return among(
+        items,
+        lambda one, other: len(found[one] & found[other]) >= SHARED,
+        lambda one, other: keys[one] == keys[other],
+    )
 
 
 TASKS = [
@@ -42,9 +50,9 @@ TASKS = [
         family="i2i",
         group="search",
         description=(
-            "An item (English title and picture: a stamp, a drawing, an emoji) finds those that the same searches "
-            f"bring: they share {SHARED} search words or more, which are its name, its tags, and the keywords of the "
-            f"emoji of that name. {UNSEEN_ILLUSTRATIONS} Of Tux Paint, held-out names alike."
+            "An item (English title and picture: a stamp, a drawing, an emoji) finds those of other names that the "
+            f"same searches bring: they share {SHARED} search words or more, which are its name, its tags, and the "
+            f"keywords of the emoji of that name. {UNSEEN_ILLUSTRATIONS} Of Tux Paint, held-out names alike."
         ),
         source=f"{TUX_PAINT}, {ILLUSTRATIONS}",
         licence="GPL-2.0-or-later, public domain and MIT",
