@@ -28,7 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sail", description="Omni-modal item embeddings: SAIL-Embedding.")
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="build|encode|search|train|mine|balance|demo"
+        dest="command",
+        required=True,
+        metavar="build|encode|search|train|mine|balance|behaviour|sid|evaluate|card|push|demo",
     )
 
     build = commands.add_parser("build", help="put a preset together as a folder in Hub format")
