@@ -1,6 +1,7 @@
 """Features of frozen towers, computed once and kept on disk: a training of the connectors then never runs a tower.
 
-Unusual: blocks are written whole and renamed into place, so a killed run loses at most one block and resumes by itself.
+Unusual: blocks are written whole and renamed into place, so a killed run loses at most one block and resumes by itself;
+and they are read in place, so a cache may be larger than memory.
 """
 
 from __future__ import annotations
@@ -37,17 +38,18 @@ class FeatureCache:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.entries: dict[str, Tensor] = {}
+        self.places: dict[str, tuple[Any, str]] = {}  # the open block that holds an entry, and its name there
         self.failed: dict[str, str] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
             self._read(path)
 
     def __contains__(self, key: str) -> bool:
-        return key in self.entries
+        return key in self.places
 
     def __getitem__(self, key: str) -> Tensor:
         """(F, T, C) float16: F pictures or windows of T tokens."""
-        return self.entries[key]
+        block, name = self.places[key]
+        return block.get_tensor(name)
 
     def why_missing(self, key: str) -> str:
         """What to say of a key that is not there."""
@@ -63,7 +65,7 @@ class FeatureCache:
             compute: keys to the features of the good ones and a status for each.
             name: shown on the progress bar.
         """
-        missing = [key for key in dict.fromkeys(keys) if key not in self.entries and key not in self.failed]
+        missing = [key for key in dict.fromkeys(keys) if key not in self.places and key not in self.failed]
         for start in tqdm(range(0, len(missing), BLOCK), desc=name, disable=not missing):
             block = missing[start : start + BLOCK]
             features, statuses = compute(block)
@@ -82,10 +84,10 @@ class FeatureCache:
         self._read(path)
 
     def _read(self, path: Path) -> None:
-        with safe_open(path, framework="pt") as block:
-            metadata = block.metadata()
-            for index, key in enumerate(json.loads(metadata["keys"])):
-                self.entries[key] = block.get_tensor(str(index))
+        """Only names are read; an entry is when it is asked for, and the system keeps what memory has room for."""
+        block = safe_open(path, framework="pt")
+        for index, key in enumerate(json.loads(block.metadata()["keys"])):
+            self.places[key] = block, str(index)
 
 
 def tower_features(
