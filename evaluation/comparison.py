@@ -89,7 +89,14 @@ COMPARISONS: dict[str, tuple[Mapping[str, Run], str, Sequence[str]]] = {
     "ladder": (
         LADDER,
         f"The paper's ablation ladder; the decoder is the first {LAYERS} layers of small's.",
-        ["TuxPaint*", "*Illustration*", "SearchWordNeighbors", "GCompris*"],
+        [
+            "TuxPaintSame*",
+            "TuxPaintPictureToSpeech",
+            "IllustrationSameTags",
+            "search",
+            "retrieval",
+            "pair classification",
+        ],
     ),
 }
 

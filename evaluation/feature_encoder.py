@@ -163,6 +163,7 @@ def linear_encoder(work: Path, data: Data) -> Encode:
     for row in (row for part in sources.values() for row in part):
         row["speech"] = {language: path for language, path in row.get("speech", {}).items() if path in sounds}
     baseline = LinearBaseline(text_encoder(model, processor), images, sounds, sources)
+    baseline.classify(media_of(data).source.images)
 
     def embed(items: list[Item]) -> np.ndarray:
         groups: dict[tuple[bool, bool, bool], list[int]] = {}

@@ -22,12 +22,12 @@ import numpy as np
 from sentence_transformers.util import quantize_embeddings
 
 from ..training.build import load_built
-from ..training.data.mini_pairs import load_sources
 from ..training.data.tuxpaint import name_key
 from .benchmarks.child import run_child
 from .feature_encoder import Data, cached_collator, kept, model_encoder
 from .reports import markdown_table, model_entry, table, write_report
 from .similarity import retrieval_scores
+from .tasks.held_out import tuxpaint
 from .tasks.task import Encode, Item, Retrieval, score, unit
 
 SPOKEN, WRITTEN = "fr", "es"  # the languages of an item's speech and title; its name on the other side is English
@@ -44,7 +44,7 @@ KS = (1, 10, 50)
 
 def held_out_items() -> tuple[dict[str, Item], dict[str, str]]:
     """Items of all three modalities by id, and the English name of each; of a name there may be several."""
-    rows = [row for row in load_sources()["test"] if SPOKEN in row["speech"] and WRITTEN in row["names"]]
+    rows = [row for row in tuxpaint() if SPOKEN in row["speech"] and WRITTEN in row["names"]]
     items = {
         row["id"]: {"image": row["image"], "audio": row["speech"][SPOKEN], "title": row["names"][WRITTEN]}
         for row in rows
