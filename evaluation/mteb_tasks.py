@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ from torch.utils.data import DataLoader
 from ..media_sail import LoadOptions, load_sound
 from .item_embedder import MODALITIES, rendered_text
 from .tasks.task import Item, Pairs, Retrieval, Task, score, with_sequences
+
+logger = logging.getLogger(__name__)
 
 PAIR_SCORES = ("auc", "average_precision")
 _CODES = {"video": "v", "image": "i", "audio": "a", "text": "t"}
@@ -307,7 +310,7 @@ def run_task(
     made = as_mteb(task, encoder.mteb_model_meta.modalities)
     made.hf_subsets = [name for name in made.hf_subsets if subsets is None or name in subsets]
     cache = None if out is None else ResultCache(out)
-    known = None if cache is None else cache.load_task_result(task.name, encoder.mteb_model_meta)
+    known = None if cache is None or out is None else _known(cache, out, task, encoder.mteb_model_meta)
     stale = known is not None and known.dataset_revision != made.metadata.revision
     found = mteb.evaluate(
         encoder,
@@ -318,3 +321,17 @@ def run_task(
         overwrite_strategy="always" if stale else "only-missing",
     )
     return {entry["hf_subset"]: entry for entry in found.task_results[0].scores["test"]}
+
+
+def _known(cache: ResultCache, out: Path, task: Task, meta: Any) -> Any:
+    """The result that the folder has, or None; a file that was cut off is put aside, and the task runs again."""
+    try:
+        return cache.load_task_result(task.name, meta)
+    except Exception as error:
+        for path in out.rglob(f"{task.name}.json"):
+            try:
+                json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                logger.warning("%s is broken (%s); it is kept as .broken, and the task runs again.", path, error)
+                path.rename(path.with_suffix(".broken"))
+        return None
