@@ -284,7 +284,13 @@ def main(arguments: list[str] | None = None) -> None:
     for one in made.values():
         print(f"\n{one['title']}\n\n{markdown_table(one)}")
     if args.out is not None:
-        command = f"python -m modeling_sail.evaluation.comparison {args.which}"
+        chosen = {
+            "--seeds": map(str, args.seeds),
+            "--columns": map(repr, args.columns or ()),
+            "--tasks": args.tasks or (),
+        }
+        words = [word for option, values in chosen.items() if (listed := [*values]) for word in (option, *listed)]
+        command = " ".join(["python -m modeling_sail.evaluation.comparison", args.which, *words])
         write_report(args.out, about, command, made)
 
 

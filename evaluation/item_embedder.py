@@ -216,6 +216,11 @@ def model_digest(model: SentenceTransformer) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     settings: dict[str, Any] = {"prompts": model.prompts, "length": model.max_seq_length, "dim": model.truncate_dim}
+    # What comes after the first module, such as pooling, may have no weights and decide a vector all the same.
+    settings["modules"] = [
+        [type(part).__name__, part.get_config_dict() if hasattr(part, "get_config_dict") else {}]
+        for part in list(model)[1:]
+    ]
     for part in (model[0], getattr(model[0], "model", None), getattr(model[0], "processor", None)):
         config = getattr(part, "config", part)
         if hasattr(config, "to_dict") and not isinstance(config, torch.nn.Module):

@@ -27,7 +27,7 @@ from mteb.results.task_result import TaskResult
 from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import InputModule
-from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
 from torch.utils.data import DataLoader
 
 from modeling_sail import evaluation
@@ -466,11 +466,12 @@ def test_a_task_that_changed_is_run_again_and_another_model_stands_beside(
     assert len(list(tmp_path.glob("results/*/*/TinyLanguages.json"))) == 2
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, IndexError])
 def test_a_task_that_fails_is_told_and_does_not_stop_the_others(
-    languages, tiny_folder, tmp_path, monkeypatch, capsys
+    languages, tiny_folder, tmp_path, monkeypatch, capsys, kind
 ) -> None:
     def fail():
-        raise RuntimeError("the data set is not to be had\nmore")
+        raise kind("the data set is not to be had\nmore")
 
     monkeypatch.setitem(tasks.TASKS, "TinyGone", made(fail, name="TinyGone"))
     names = ["TinyGone", "TinyLanguages"]
@@ -479,6 +480,24 @@ def test_a_task_that_fails_is_told_and_does_not_stop_the_others(
     assert "the data set is not to be had" in printed.out and "TinyGone" in printed.err
     reasons = {row["task"]: row["reason"] for row in json.loads((tmp_path / "summary.json").read_text())}
     assert reasons == {"TinyGone": "the data set is not to be had", "TinyLanguages": ""}
+
+
+@pytest.mark.parametrize("left", [0, 300])
+def test_a_result_that_was_cut_off_is_put_aside_and_the_task_runs_again(model, languages, tmp_path, left) -> None:
+    first = run_task(SailEncoder(model), languages, tmp_path)
+    (path,) = tmp_path.rglob("TinyLanguages.json")
+    path.write_bytes(path.read_bytes()[:left])
+    again = run_task(SailEncoder(model), languages, tmp_path)
+    assert again["fr"]["separability_auc"] == pytest.approx(first["fr"]["separability_auc"], abs=1e-5)
+    assert path.with_suffix(".broken").is_file() and json.loads(path.read_text())
+
+
+def test_models_that_differ_in_pooling_alone_are_not_taken_for_each_other(model) -> None:
+    pooled = [
+        SentenceTransformer(modules=[model[0], Pooling(model.get_embedding_dimension(), pooling_mode=mode)])
+        for mode in ("mean", "cls")
+    ]
+    assert len({model_digest(model), *map(model_digest, pooled)}) == 3
 
 
 def test_a_task_of_which_the_model_has_nothing_is_skipped_with_the_reason(

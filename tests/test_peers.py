@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from modeling_sail.evaluation.comparison import COMPARISONS, Run, scores_of, slug, tables
+from modeling_sail.evaluation.comparison import COMPARISONS, Run, readable, scores_of, slug, tables
 from modeling_sail.evaluation.feature_encoder import by_parts, kept, media_of, said
 from modeling_sail.evaluation.tasks import find_tasks
 from modeling_sail.evaluation.tasks.task import Pairs, Retrieval, Task
@@ -226,3 +226,11 @@ def test_scores_are_kept_and_only_new_tasks_are_scored(tmp_path) -> None:
 def test_a_run_is_data() -> None:
     assert Run("warm", "mini") == Run("warm", "mini", (), True)
     assert SailEmbeddingConfig().fusion == "joint" and SailEmbeddingConfig().causal is False
+
+
+def test_a_cell_is_left_out_where_a_column_reads_nothing_of_a_side() -> None:
+    speech, pictures = find_tasks(["TuxPaintPictureToSpeech", "TuxPaintSameName"])
+    deaf, blind = "VLM-style (no audio)", "MiniLM text only"
+    assert not readable(speech, deaf) and readable(pictures, deaf)
+    assert not readable(pictures, blind) and readable(find_tasks(["MovieLensVanilla"])[0], blind)
+    assert readable(speech, "SAIL (mini)")
