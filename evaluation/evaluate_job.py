@@ -103,7 +103,7 @@ def load_model(model: str, device: str | None = None) -> Any:
         raise ValueError(f"{model} is no folder, and no id of the Hub (user/name).")
     try:
         return SentenceTransformer(model, trust_remote_code=folder.exists(), device=device)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:  # torch asserts that there is CUDA
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"{model} cannot be loaded as a SentenceTransformer, as a folder or from the Hub: {first}"
@@ -201,6 +201,8 @@ def _chosen_subsets(tasks: Sequence[Task], asked: Sequence[str] | None) -> list[
     if missing := [one for one in asked if one not in known]:
         names = sorted({name for task in tasks for name in task.languages})
         raise ValueError(f"no task here has the subset {', '.join(missing)}; there are {', '.join(names)}.")
+    if left := [task.name for task in tasks if task.name not in {one.name for one, _ in chosen}]:
+        logger.warning("Left out, as they have no subset %s: %s.", ", ".join(asked), ", ".join(left))
     return chosen
 
 

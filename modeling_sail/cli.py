@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from .configuration_sail import PRESETS
 
 
@@ -19,6 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], None] = args.run
     try:
         run(args)
+    except SafetensorError as error:
+        print(f"sail {args.command}: a file of weights is broken ({error}); copy or build it again", file=sys.stderr)
+        return 2
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"sail {args.command}: {error}", file=sys.stderr)
         return 2

@@ -224,3 +224,16 @@ def test_a_query_with_nothing_relevant_empty_sequences_and_unknown_families_are_
 
 def test_unit_vectors_keep_rows_of_zeros() -> None:
     np.testing.assert_allclose(unit(np.array([[3.0, 4.0], [0.0, 0.0]])), [[0.6, 0.8], [0.0, 0.0]], rtol=1e-6)
+
+
+def test_a_pair_that_cannot_be_embedded_comes_last_and_separates_nothing() -> None:
+    vectors = {"there": [1.0, 0.0], "against": [-1.0, 0.0], "lost": [0.0, 0.0]}
+    items = [{"text": name} for name in ("there", "there", "lost", "there")]
+    targets = [{"text": name} for name in ("there", "against", "there", "against")]
+    found = score(
+        Pairs(items, targets, [1, 0, 1, 0]), lambda some, side: np.array([vectors[item["text"]] for item in some])
+    )
+    assert found["auc"] == 0.5, "the lost pair is behind both wrong ones, the other before them"
+    assert found["separability_positive_mean"] == 1.0 and found["separability_negative_mean"] == -1.0
+    nothing = score(Pairs(items, targets, [1, 0, 1, 0]), lambda some, side: np.zeros((len(some), 2)))
+    assert nothing["auc"] == 0.5 and "separability_auc" not in nothing

@@ -122,8 +122,11 @@ def _score_pairs(data: Pairs, encode: Encode) -> dict[str, float]:
     queries = unit(_checked(encode(data.queries, "query"), len(data.queries)))
     targets = unit(_checked(encode(data.targets, "target"), len(data.targets)))
     cosine, labels = (queries * targets).sum(axis=1), np.asarray(data.labels, dtype=bool)
-    ranked = {"auc": roc_auc(cosine, labels), "average_precision": average_precision(cosine, labels)}
-    return ranked | _apart(cosine[labels], cosine[~labels])
+    there = queries.any(axis=1) & targets.any(axis=1)
+    ranks = np.where(there, cosine, -2.0)  # what cannot be embedded is told from nothing: behind every cosine
+    ranked = {"auc": roc_auc(ranks, labels), "average_precision": average_precision(ranks, labels)}
+    positive, negative = cosine[there & labels], cosine[there & ~labels]
+    return ranked | (_apart(positive, negative) if len(positive) and len(negative) else {})
 
 
 def _apart(positive: np.ndarray, negative: np.ndarray) -> dict[str, float]:
