@@ -102,6 +102,8 @@ def answered_by(data: Retrieval, encode: Encode, k: int = 10) -> dict[str, dict[
         best = max((place[one] for one in data.relevant[name]), key=lambda one: vectors[PARTS][one] @ queries[row])
         if _rank(vectors[PARTS], queries[row], best) < k:
             answers.append((row, best))
+    if not answers:
+        return {}
     cosine = np.array([[vectors[part,][one] @ queries[row] for part in PARTS] for row, one in answers])
     alone = np.array([[_rank(vectors[part,], queries[row], one) < k for part in PARTS] for row, one in answers])
     return {
@@ -222,11 +224,17 @@ def by_cost(model: Path, recalls: dict[str, dict[str, list[float]]]) -> dict[str
 
 
 def robustness_tables(model: Path, work: Path) -> dict[str, Any]:
-    """All tables of the report."""
+    """All tables of the report.
+
+    Raises:
+        ValueError: the model lacks a modality.
+    """
+    built = load_built(model)
+    if lacks := sorted(set(PARTS) - {"text", *built[1].modalities}):
+        raise ValueError(f"{model} reads no {' and no '.join(lacks)}; this report takes items of all modalities apart.")
     items, names = held_out_items()
     towards, back = name_to_item(items, names), item_to_name(items, names)
     data: Data = {"robustness": {"name -> item": towards, "item -> name": back}}
-    built = load_built(model)
     collate = cached_collator(*built, work, data)
     q2i, i2n = (model_encoder(built[0], collate, family=family) for family in ("q2i", "cls"))
     targets = by_subset(towards, "target", q2i)

@@ -13,8 +13,10 @@ from modeling_sail.evaluation.robustness import (
     name_to_item,
     query_seconds,
     reduced,
+    robustness_tables,
 )
-from modeling_sail.evaluation.tasks.task import unit
+from modeling_sail.evaluation.tasks.task import Retrieval, unit
+from modeling_sail.training.build import build_tiny, save
 
 # Three items whose parts are written as the axis that they lie on: an item is the sum of what it has.
 ITEMS = {
@@ -85,3 +87,16 @@ def test_bytes_are_those_of_the_precision() -> None:
 def test_a_query_is_timed_at_each_precision(monkeypatch) -> None:
     monkeypatch.setattr("modeling_sail.evaluation.robustness.CORPUS", 500)
     assert all(0 < query_seconds(16, one, rounds=1, queries=2) < 1 for one in ("float32", "int8", "binary"))
+
+
+def test_without_a_right_answer_nothing_came_from_anywhere() -> None:
+    wrong = {"0": frozenset({"two"}), "2": frozenset({"three"}), "4": frozenset({"one"})}
+    data = Retrieval(name_to_item(ITEMS, NAMES).queries, ITEMS, wrong)
+    assert answered_by(data, encode, k=1) == {}
+
+
+def test_a_model_that_lacks_a_modality_is_refused_in_one_line(tmp_path) -> None:
+    model, processor = build_tiny(audio_config=None)
+    save(model, processor, tmp_path)
+    with pytest.raises(ValueError, match="reads no audio"):
+        robustness_tables(tmp_path, tmp_path / "work")
