@@ -44,7 +44,7 @@ class Run:
     """A column of a comparison that is trained.
 
     Attributes:
-        start: a name of `STARTS`.
+        start: a name that `make_start` knows.
         recipe: name of a recipe.
         overrides: ``key=value`` of the recipe.
         instructed: whether the tasks' instructions go before items in the evaluation, as they do in the training.

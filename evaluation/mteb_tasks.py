@@ -327,7 +327,7 @@ def _known(cache: ResultCache, out: Path, task: Task, meta: Any) -> Any:
     """The result that the folder has, or None; a file that was cut off is put aside, and the task runs again."""
     try:
         return cache.load_task_result(task.name, meta)
-    except Exception as error:
+    except ValueError as error:  # no JSON, or none of mteb's
         for path in out.rglob(f"{task.name}.json"):
             try:
                 json.loads(path.read_text(encoding="utf-8"))
