@@ -19,13 +19,11 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_sail import AUDIO, MODALITIES, PAD, PROMPT, SEGMENT_OF, TEXT, VISION, SailEmbeddingConfig
+from .kernels_sail import for_inference, run_tower
 from .perceiver_sail import TokenDecoder, VisualPerceiver
 
 # Two towers that AutoModel cannot build alone: Whisper maps to the whole model, CLAP's audio side to nothing.
 TOWER_CLASSES: dict[str, Any] = {"whisper": WhisperEncoder, "clap_audio_model": ClapAudioModel}
-
-# On a CPU, small batches of pictures and windows stay in the cache: measured 3 to 4 times faster than batches of 32.
-CPU_TOWER_BATCH = 8
 
 
 @dataclass
@@ -348,15 +346,15 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
         """(N, 3, H, W) pictures -> (N, T, V) tokens of the vision tower: `forward` takes them as ``image_features``."""
         if self.vision_tower is None:
             raise ValueError("There are pictures, but this model has no vision tower (vision_config is None).")
-        return as_tokens(_run_tower(self.vision_tower, pixel_values, "last_hidden_state"))
+        return as_tokens(run_tower(self.vision_tower, pixel_values, "last_hidden_state"))
 
     def audio_features(self, input_features: Tensor) -> Tensor:
         """(M, ...) windows -> (M, T, A) tokens of the audio tower: `forward` takes them as ``audio_features``."""
         if self.audio_tower is None:
             raise ValueError("There is sound, but this model has no audio tower (audio_config is None).")
         if self.config.audio_pooling == "pooler":
-            return _run_tower(self.audio_tower, input_features, "pooler_output")[:, None]
-        return as_tokens(_run_tower(self.audio_tower, input_features, "last_hidden_state"))
+            return run_tower(self.audio_tower, input_features, "pooler_output")[:, None]
+        return as_tokens(run_tower(self.audio_tower, input_features, "last_hidden_state"))
 
     def _encode_vision(self, features: Tensor, owner: Tensor, positions: Tensor | None) -> Tensor:
         """(N, T, V) tokens of N frames with (N,) rising owners -> (G, K, D) visual tokens of G items."""
@@ -370,18 +368,19 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
             raise ValueError(f"An item has {most} pictures and frames; max_frames={limit}. Sample fewer.")
         if self.config.latents_per_frame:  # every frame its own group, in the order of the owners: rows fill in order
             group = torch.arange(len(group), device=group.device)
-        return self.perceiver(features.to(self.perceiver.latents.dtype), positions, group)
+        return for_inference(self.perceiver)(features.to(self.perceiver.latents.dtype), positions, group)
 
     def _encode_audio(self, features: Tensor, owner: Tensor) -> Tensor:
         """(M, T, A) tokens of M windows with (M,) rising owners -> (G, D), one token for each of G items."""
         if self.audio_adapter is None:
             raise ValueError("There are sound features, but this model has no audio adapter (audio_config is None).")
-        return self.audio_adapter(features.to(self.audio_adapter.up.weight.dtype), _ranks(owner))
+        return for_inference(self.audio_adapter)(features.to(self.audio_adapter.up.weight.dtype), _ranks(owner))
 
     # -- fusion ------------------------------------------------------------------------------------------------------
 
     def _fuse(self, embeds: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
-        return self.text_tower(inputs_embeds=embeds, attention_mask=attention_mask, return_dict=True, **kwargs)
+        tower = for_inference(self.text_tower)
+        return tower(inputs_embeds=embeds, attention_mask=attention_mask, return_dict=True, **kwargs)
 
     def _pool(self, hidden: Tensor, segments: Tensor) -> Tensor:
         """MeanPool(tanh(F(T))) over all tokens of the item (section 3.2); in float32, whatever the backbone's type."""
@@ -602,14 +601,6 @@ def _mean_of_units(parts: list[Tensor]) -> Tensor:
     there = torch.stack([(part != 0).any(dim=1) for part in parts]).sum(dim=0)  # (B,)
     total = torch.stack([nn.functional.normalize(part, dim=-1) for part in parts]).sum(dim=0)
     return total / there.clamp_min(1)[:, None]
-
-
-def _run_tower(tower: Any, values: Tensor, field: str) -> Tensor:
-    """One field of a tower's output; without gradients on a CPU in batches that stay in its cache."""
-    values = values.to(next(tower.parameters()).dtype)
-    if torch.is_grad_enabled() or values.device.type != "cpu":
-        return tower(values)[field]
-    return torch.cat([tower(part)[field] for part in values.split(CPU_TOWER_BATCH)])
 
 
 def _trains(module: nn.Module) -> bool:

@@ -1,0 +1,195 @@
+"""Faster kernels give the model's own numbers, change nothing of it, and follow its weights."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import warnings
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, EfficientNetConfig, WhisperConfig
+
+from modeling_sail import kernels_sail
+from modeling_sail.kernels_sail import PackedLinear, for_inference, onednn_pays, plain_kernels, run_tower
+from modeling_sail.modeling_sail import build_tower
+
+from .conftest import seven_items
+
+
+@pytest.fixture
+def packed(monkeypatch):
+    monkeypatch.setenv("SAIL_ONEDNN", "1")
+    if not onednn_pays():
+        pytest.skip("this build of torch has no oneDNN linears")
+
+
+@pytest.fixture
+def vision() -> nn.Module:
+    """EfficientNet with statistics and scales that a forgotten batch norm would show."""
+    torch.manual_seed(0)
+    sizes = {"width_coefficient": 0.25, "depth_coefficient": 0.5, "hidden_dim": 320}
+    config = EfficientNetConfig(image_size=32, **sizes)
+    tower = build_tower(config).eval()
+    for module in tower.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.3, 0.3)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.3, 0.3)
+    return tower
+
+
+def whisper() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 64}
+    return build_tower(WhisperConfig(**sizes, num_mel_bins=16, max_source_positions=20)).eval()
+
+
+def both(tower: nn.Module, values: Tensor, field: str = "last_hidden_state") -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        fast = run_tower(tower, values, field)
+        with plain_kernels():
+            return fast, run_tower(tower, values, field)
+
+
+def twin_of(module: nn.Module) -> nn.Module | None:
+    return kernels_sail._TWINS[module][1] if module in kernels_sail._TWINS else None
+
+
+@pytest.mark.parametrize("pictures", [1, 3, 8, 19])
+def test_folded_batch_norms_give_the_towers_numbers(vision, pictures) -> None:
+    fast, plain = both(vision, torch.randn(pictures, 3, 32, 32))
+    assert twin_of(vision) is not None and not any(
+        isinstance(part, nn.BatchNorm2d) for part in twin_of(vision).modules()
+    )
+    assert plain.std() > 1e-2
+    torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-5 * float(plain.abs().max()))
+
+
+def test_packed_linears_give_the_towers_numbers(packed) -> None:
+    tower = whisper()
+    fast, plain = both(tower, torch.randn(9, 16, 40))
+    assert any(isinstance(part, PackedLinear) for part in twin_of(tower).modules())
+    torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(24,), (1, 24), (2, 3, 24), (0, 24), (2, 0, 24)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_linear_takes_the_shapes_of_a_linear(packed, shape, bias) -> None:
+    linear, hidden = nn.Linear(24, 5, bias=bias), torch.randn(shape)
+    with torch.no_grad():
+        torch.testing.assert_close(PackedLinear(linear)(hidden), linear(hidden), rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_embeds_the_same_with_and_without(tiny, packed) -> None:
+    model, processor = tiny
+    batch = processor(seven_items())
+    with torch.no_grad():
+        fast = model.eval()(**batch).embeddings
+        with plain_kernels():
+            plain = model(**batch).embeddings
+    assert all(twin_of(part) is not None for part in (model.text_tower, model.perceiver, model.audio_adapter))
+    torch.testing.assert_close(fast, plain, rtol=0, atol=1e-5)
+
+
+def test_a_twin_follows_the_weights(vision, packed) -> None:
+    values = torch.randn(2, 3, 32, 32)
+    before, _ = both(vision, values)
+    with torch.no_grad():
+        for parameter in vision.parameters():
+            parameter.mul_(1.1)
+    fast, plain = both(vision, values)
+    assert not torch.allclose(fast, before, rtol=1e-3)
+    torch.testing.assert_close(fast, plain, rtol=1e-3, atol=1e-4 * float(plain.abs().max()))
+    vision.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in vision.state_dict().items()})
+    fast, plain = both(vision, values)
+    torch.testing.assert_close(fast, plain)
+
+
+def test_a_twin_changes_nothing_of_its_module(vision) -> None:
+    before = copy.deepcopy(vision.state_dict())
+    strides = {name: tensor.stride() for name, tensor in vision.state_dict().items()}
+    both(vision, torch.randn(2, 3, 32, 32))
+    after = vision.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) and after[name].stride() == strides[name] for name in before)
+    assert not vision.training and all(parameter.requires_grad for parameter in vision.parameters())
+
+
+def test_training_gradients_and_other_types_have_no_twin(vision) -> None:
+    values = torch.randn(2, 3, 32, 32)
+    run_tower(vision, values, "last_hidden_state").sum().backward()
+    assert all(parameter.grad is not None for parameter in vision.parameters())
+    with torch.no_grad():
+        assert for_inference(vision.train(), values[:1], "last_hidden_state") is vision
+        half = vision.eval().to(torch.bfloat16)
+        assert for_inference(half, values[:1].bfloat16(), "last_hidden_state") is half
+        assert run_tower(half, values, "last_hidden_state").dtype == torch.bfloat16
+
+
+def test_who_watches_a_layer_sees_it_run(vision) -> None:
+    both(vision, torch.randn(1, 3, 32, 32))  # a twin is there already
+    seen = []
+    layer = next(part for part in vision.modules() if isinstance(part, nn.BatchNorm2d))
+    handle = layer.register_forward_hook(lambda *_: seen.append(True))
+    both(vision, torch.randn(1, 3, 32, 32))
+    assert seen
+    handle.remove()
+    with torch.no_grad():
+        assert for_inference(vision, torch.randn(1, 3, 32, 32), "last_hidden_state") is not vision
+
+
+def test_a_fold_that_gives_other_numbers_is_dropped_with_a_warning() -> None:
+    class Odd(nn.Module):
+        """Its norm is named after a convolution, but runs before it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+            nn.init.uniform_(self.norm.running_mean, 1, 2)
+
+        def forward(self, values: Tensor) -> SimpleNamespace | dict[str, Tensor]:
+            return {"last_hidden_state": self.convolution(self.norm(values))}
+
+    odd, values = Odd().eval(), torch.randn(2, 3, 4, 4)
+    with pytest.warns(UserWarning, match="folding its batch norms"):
+        fast, plain = both(odd, values)
+    assert torch.equal(fast, plain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once
+        both(odd, values)
+
+
+def test_a_twin_does_not_keep_its_module_alive(packed) -> None:
+    tower = build_tower(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
+    with torch.no_grad():
+        assert for_inference(tower.eval()) is not tower
+    watched = weakref.ref(tower)
+    del tower
+    gc.collect()
+    assert watched() is None
+
+
+def test_large_weights_are_not_kept_twice(packed, monkeypatch) -> None:
+    monkeypatch.setattr(kernels_sail, "MAX_PACKED_BYTES", 100)
+    tower = whisper()
+    with torch.no_grad():
+        assert for_inference(tower) is tower
+
+
+def test_the_machine_decides_and_the_environment_may_say_otherwise(monkeypatch) -> None:
+    monkeypatch.setattr(kernels_sail, "_onednn_works", lambda: True)
+    for amd, capability, pays in ((True, "AVX512", True), (True, "AVX2", False), (False, "AVX512", False)):
+        monkeypatch.delenv("SAIL_ONEDNN", raising=False)
+        monkeypatch.setattr(kernels_sail, "_amd", lambda amd=amd: amd)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert onednn_pays() is pays
+        for value in "01":
+            monkeypatch.setenv("SAIL_ONEDNN", value)
+            assert onednn_pays() is (value == "1")
+    monkeypatch.setattr(kernels_sail, "_onednn_works", lambda: False)
+    assert not onednn_pays()  # asked for, but this torch has none
