@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_sail import AUDIO, MODALITIES, PAD, PROMPT, SEGMENT_OF, TEXT, VISION, SailEmbeddingConfig
 from .kernels_sail import for_inference, run_tower
+from .packing_sail import can_pack, fuse_packed
 from .perceiver_sail import TokenDecoder, VisualPerceiver
 
 # Two towers that AutoModel cannot build alone: Whisper maps to the whole model, CLAP's audio side to nothing.
@@ -194,11 +195,12 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
     def __init__(self, config: SailEmbeddingConfig) -> None:
         super().__init__(config)
         self.text_tower = build_tower(config.text_config)
-        module: Any
-        for module in self.text_tower.modules():
-            # Some kernels ask the layer, not the mask, whether it is causal (section 3.2: bidirectional fusion).
-            if getattr(module, "is_causal", False):
-                module.is_causal = config.causal
+        # Some kernels ask the layer, not the mask, whether it is causal (section 3.2: bidirectional fusion).
+        layers: list[Any] = [module for module in self.text_tower.modules() if getattr(module, "is_causal", False)]
+        for layer in layers:
+            layer.is_causal = config.causal
+        if config.causal and not layers:
+            raise ValueError(f"causal=True needs a decoder; {config.text_config.model_type!r} sees both ways.")
         self.vision_tower = self.perceiver = self.audio_tower = self.audio_adapter = self.late_fusion_gate = None
         if config.vision_config is not None:
             self.vision_tower = build_tower(config.vision_config)
@@ -380,6 +382,8 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
 
     def _fuse(self, embeds: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
         tower = for_inference(self.text_tower)
+        if can_pack(tower, embeds, kwargs):
+            return fuse_packed(tower, embeds, attention_mask, **kwargs)
         return tower(inputs_embeds=embeds, attention_mask=attention_mask, return_dict=True, **kwargs)
 
     def _pool(self, hidden: Tensor, segments: Tensor) -> Tensor:

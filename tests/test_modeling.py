@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from modeling_sail.training.build import build_tiny, make_processor
-from transformers import AutoConfig
+from transformers import AutoConfig, BertConfig
 
 from modeling_sail.configuration_sail import SailEmbeddingConfig, preset_config
 from modeling_sail.modeling_sail import SailEmbeddingModel, as_tokens, tower_width
@@ -156,7 +156,7 @@ def test_checkpointing_gives_the_same_gradients() -> None:
         torch.testing.assert_close(gradients[1][name], grad, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize("kernel", ["eager", "sdpa", "packed"])
 def test_attention_kernels_agree(tiny, kernel) -> None:
     model, processor = tiny
     batch = processor(seven_items())
@@ -168,6 +168,12 @@ def test_attention_kernels_agree(tiny, kernel) -> None:
         finally:
             model.set_attn_implementation("sdpa")
     torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+
+
+def test_an_encoder_cannot_be_made_causal() -> None:
+    encoder = BertConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    with pytest.raises(ValueError, match="needs a decoder"):
+        build_tiny(text_config=encoder, causal=True)
 
 
 def test_cached_tower_features_stand_for_pictures_and_sounds(tiny) -> None:

@@ -1,0 +1,140 @@
+"""Rows packed end to end embed as padded ones do, whatever the backbone; and never see each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from modeling_sail.training.build import build_tiny
+from torch import nn
+from transformers import BertConfig, LlamaConfig, PretrainedConfig, Qwen3Config
+
+from modeling_sail.packing_sail import packed_attention
+from modeling_sail.sentence_transformer_sail import SailSentenceTransformer
+
+from .conftest import seven_items
+
+SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": 264,
+}
+BACKBONES = {
+    "bert": BertConfig(**SIZES),
+    "llama": LlamaConfig(**SIZES, num_key_value_heads=2),
+    "qwen3": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16),
+}
+
+
+def both(config: PretrainedConfig, items: list, **options):
+    """Outputs of a model of this backbone as it loads, and packed."""
+    torch.manual_seed(0)
+    model, processor = build_tiny(text_config=config, **options)
+    batch = processor(items, task="i2i")
+    with torch.inference_mode():
+        plain = model(**batch, output_modality_embeddings=True, output_hidden_states=True)
+        model.set_attn_implementation("packed")
+        return plain, model(**batch, output_modality_embeddings=True, output_hidden_states=True), batch
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"fusion": "separate"}], ids=["joint", "causal", "separate"])
+def test_packed_and_padded_rows_embed_alike(backbone, options) -> None:
+    if options.get("causal") and backbone == "bert":
+        pytest.skip("an encoder has no causal form")
+    plain, packed, batch = both(BACKBONES[backbone], seven_items(), **options)
+    for name in ("embeddings", "text_embeddings", "vision_embeddings", "audio_embeddings"):
+        torch.testing.assert_close(packed[name], plain[name], rtol=0, atol=1e-5)
+    assert packed.last_hidden_state.shape == plain.last_hidden_state.shape
+    if not options.get("fusion"):
+        there = batch["attention_mask"].bool()
+        for ours, other in zip(packed.hidden_states, plain.hidden_states, strict=True):
+            torch.testing.assert_close(ours[there], other[there], rtol=0, atol=1e-5)
+            assert not ours[~there].any()
+
+
+def test_it_runs_without_padding(monkeypatch) -> None:
+    model, processor = build_tiny()
+    model.set_attn_implementation("packed")
+    batch = processor(["a long text " * 9, "b", "cd"])
+    seen = []
+    model.text_tower.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"].shape), with_kwargs=True
+    )
+    with torch.inference_mode():
+        model(**batch)
+    assert [shape[:2] for shape in seen] == [(1, int(batch["attention_mask"].sum()))]
+
+
+def test_gradients_are_those_of_padded_rows() -> None:
+    gradients = []
+    for kernel in ("sdpa", "packed"):
+        torch.manual_seed(0)
+        model, processor = build_tiny()
+        model.set_attn_implementation(kernel)
+        model(**processor(seven_items())).embeddings.square().sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        if gradient is not None:
+            torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+    assert gradients[0]["text_tower.embed_tokens.weight"].any()
+
+
+def test_it_is_chosen_when_a_model_is_loaded(tiny_folder) -> None:
+    module = SailSentenceTransformer.load(str(tiny_folder)).eval()
+    packed = SailSentenceTransformer.load(str(tiny_folder), model_kwargs={"attn_implementation": "packed"}).eval()
+    assert packed.model.text_tower.config._attn_implementation == "packed"
+    with torch.inference_mode():
+        ways = [one(one.preprocess(seven_items()))["sentence_embedding"] for one in (module, packed)]
+    torch.testing.assert_close(ways[1], ways[0], rtol=0, atol=1e-5)
+
+
+def test_attention_weights_need_a_padded_pass() -> None:
+    model, processor = build_tiny()
+    model.set_attn_implementation("packed")
+    with torch.inference_mode():
+        assert model(**processor(["one", "and two"]), output_attentions=True).embeddings.isfinite().all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=5).filter(sum), st.booleans(), st.sampled_from([1, 2, 4]))
+def test_each_row_attends_to_itself_alone(sizes, causal, key_heads) -> None:
+    total = sum(sizes)
+    query, key, value = (torch.randn(1, heads, total, 8) for heads in (4, key_heads, key_heads))
+    bounds = torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
+    ours, _ = packed_attention(nn.Identity(), query, key, value, None, is_causal=causal, bounds=bounds, longest=6)
+    row = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    allowed = row[:, None] == row
+    if causal:
+        allowed &= torch.ones(total, total).tril().bool()
+    repeated = [states.repeat_interleave(4 // key_heads, dim=1) for states in (key, value)]
+    expected = nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=allowed)
+    torch.testing.assert_close(ours, expected.transpose(1, 2), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("asked", "refused"), [({"sliding_window": 3}, True), ({"sliding_window": 9}, False), ({"softcap": 5.0}, True)]
+)
+def test_what_it_lacks_is_refused(asked, refused) -> None:
+    states, bounds = torch.randn(1, 2, 9, 4), torch.tensor([0, 5, 9], dtype=torch.int32)
+    run = lambda: packed_attention(nn.Identity(), states, states, states, None, bounds=bounds, longest=5, **asked)  # noqa: E731
+    if not refused:
+        assert run()[0].shape == (1, 9, 2, 4)
+        return
+    with pytest.raises(ValueError, match="take attn_implementation='sdpa'"):
+        run()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_kernel_of_cuda_gives_the_rows_numbers(causal) -> None:
+    sizes = [5, 130, 1, 64]
+    query, key, value = (torch.randn(1, heads, sum(sizes), 64) for heads in (8, 2, 2))
+    bounds = torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
+    expected, _ = packed_attention(nn.Identity(), query, key, value, None, is_causal=causal, bounds=bounds, longest=130)
+    half = [states.cuda().bfloat16() for states in (query, key, value)]
+    ours, _ = packed_attention(nn.Identity(), *half, None, is_causal=causal, bounds=bounds.cuda(), longest=130)
+    torch.testing.assert_close(ours.float().cpu(), expected, rtol=0.05, atol=0.03)
