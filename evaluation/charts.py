@@ -1,4 +1,4 @@
-"""A table as a picture: grouped bars with whiskers, as SVG text, no plotting library. It knows nothing of ours."""
+"""Tables and histograms as pictures: bars with whiskers, mirrored bars; SVG, no plotting library, nothing of ours."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ Cells = Mapping[str, Mapping[str, Sequence[float]]]  # rows, of columns, of one 
 BAR, STEP, HEIGHT = 22, 26, 200  # pixels: width of a bar, from bar to bar, height of the plot
 LEFT, TOP, LETTER = 48, 44, 6.6
 BACKGROUND = "<rect width='100%' height='100%' fill='#fff'/>"
+BIN, SIDE = 6, 70  # pixels: width of a bin, height of either side of a histogram
+MIRRORED = {"positives": "#69c", "random negatives": "#bbb"}
 PALETTE = ("#bbb", "#777", "#69c", "#c33", "#393", "#c93", "#86b", "#366", "#a63", "#333")
 
 
@@ -55,6 +57,45 @@ def bar_chart(content: Mapping[str, Any], *, colors: Mapping[str, str] | None = 
     size = f"width='{max(end, LETTER * len(heading)) + 20:.0f}' height='{bottom + below:.0f}'"
     inside = "".join([*titled, *grid, *bars, f"<g transform='translate(0,{bottom})'>{legend}</g>"])
     return f"<svg xmlns='http://www.w3.org/2000/svg' {size} font-family='sans-serif' font-size='12'>{inside}</svg>"
+
+
+def histogram_chart(title: str, histogram: Mapping[str, Sequence[float]]) -> str:
+    """Two histograms over the same bins as SVG: positives upward, negatives downward, as shares of their side.
+
+    Args:
+        title: the heading.
+        histogram: "edges" of B + 1 values, rising; counts "positive" and "negative", B each.
+
+    Raises:
+        ValueError: lengths do not fit, or a side has nothing.
+    """
+    edges, sides = histogram["edges"], [histogram["positive"], histogram["negative"]]
+    if any(len(side) != len(edges) - 1 or not sum(side) for side in sides):
+        lengths = [len(side) for side in sides]
+        raise ValueError(f"{title}: {len(edges)} edges, bins {lengths}: one less than edges, with a count, are needed.")
+    shares = [[count / sum(side) for count in side] for side in sides]
+    scale = SIDE / max(map(max, shares))
+    zero, bottom = TOP + SIDE, TOP + 2 * SIDE
+    bars = []
+    for side, color, sign in zip(shares, MIRRORED.values(), (1, 0), strict=True):
+        bars += [
+            f"<rect x='{LEFT + BIN * place}' y='{zero - sign * scale * share:.1f}' width='{BIN}' "
+            f"height='{scale * share:.1f}' fill='{color}'/>"
+            for place, share in enumerate(side)
+            if share
+        ]
+    end = LEFT + BIN * len(shares[0])
+    below = [_text(x - 8, bottom + 16, f"{at:g}") for x, at in ((LEFT, edges[0]), (end, edges[-1]))]
+    middle = (edges[0] + edges[-1]) / 2
+    below.append(_text((LEFT + end) / 2 - 4, bottom + 16, f"{middle:g}"))
+    legend, height = _legend(list(MIRRORED), MIRRORED, end)
+    size = f"width='{max(end + 20, LETTER * len(title) + 8):.0f}' height='{bottom + 26 + height:.0f}'"
+    frame = _line(LEFT, end, zero, zero, "#000")
+    inside = f"{BACKGROUND}{_text(4, 16, title)}{''.join(bars)}{frame}{''.join(below)}"
+    legend = f"<g transform='translate(0,{bottom + 26})'>{legend}</g>"
+    return (
+        f"<svg xmlns='http://www.w3.org/2000/svg' {size} font-family='sans-serif' font-size='12'>{inside}{legend}</svg>"
+    )
 
 
 def axis(low: float, high: float) -> tuple[float, float, float]:

@@ -18,13 +18,16 @@ from torch.nn import functional as F  # noqa: N812  the field's own abbreviation
 from ..items_sail import FORMAT_ORDER
 from ..modeling_sail import SailEmbeddingModel
 from ..processing_sail import SailEmbeddingProcessor
-from ..training.build import assemble
+from ..training.build import TOWERS, assemble
 from ..training.collate import Collator
 from ..training.data.mini_pairs import load_sources
 from ..training.feature_cache import cache_media
 from ..training.mini import cache_features
+from ..training.packages import PACKAGES
 from ..training.rows import TrainingDataset
+from ..training.towers import PINNED
 from ..training.warm_start import text_encoder
+from .revisions import digest_of
 from .tasks.task import Encode, Item, Pairs, Retrieval, with_sequences
 from .tuxpaint_retrieval import LinearBaseline
 
@@ -181,3 +184,16 @@ def linear_encoder(work: Path, data: Data) -> Encode:
 
     encode = by_parts(embed, tuple(FIELDS), model.config.hidden_size)
     return with_sequences(lambda items, side: encode(items))
+
+
+def published_towers() -> str:
+    """Digits of the packages that mini's towers come from."""
+    return digest_of([PACKAGES[part].sha256 for tower in TOWERS["mini"].values() for part in PINNED[tower]])
+
+
+# Columns that nothing trains by steps: how each is made from the feature cache and the tasks' data, and the digits that
+# change with it.
+BASELINES: dict[str, tuple[Callable[[Path, Data], Encode], Callable[[], str]]] = {
+    "MiniLM text only": (lambda work, data: text_only_encoder(), published_towers),
+    "linear baseline": (linear_encoder, lambda: digest_of([published_towers(), load_sources()])),
+}

@@ -17,7 +17,8 @@ from sklearn.cluster import KMeans
 
 from ..training.recommendation.behaviour import Interactions, Items
 from ..training.recommendation.evidence import Consumers
-from .metrics import bijective_accuracy, kendall_tau, normalized_mutual_information, recall_at, top_k_overlap
+from .metrics import bijective_accuracy, normalized_mutual_information, recall_at
+from .similarity import embedding_agreement
 
 BETWEEN_NAMES = re.compile(r",(?!\s*(?:jr|sr)\b)", re.IGNORECASE)  # "Ed Begley, Jr., Cary Elwes" are two
 SHUFFLES = 10  # of the targets, for the NMI that is due to chance
@@ -198,14 +199,13 @@ def alignment(
         )
     found = np.full(len(unit), -1)
     found[there] = KMeans(clusters, n_init=3, random_state=seed).fit_predict(unit[there])
-    by_query, by_target = (unit[side] @ unit[there].T for side in (queries, targets))  # (P, M)
+    agreement = embedding_agreement(unit[queries], unit[targets], k, candidates=(unit[there], unit[there]))
     generator = np.random.default_rng(seed)
     shuffled = [found[generator.permutation(targets)] for _ in range(SHUFFLES)]
     return {
         "nmi": normalized_mutual_information(found[queries], found[targets]),
         "nmi_by_chance": float(np.mean([normalized_mutual_information(found[queries], some) for some in shuffled])),
-        "kendall_tau": kendall_tau(by_query, by_target),
-        "top_k_overlap": top_k_overlap(by_query, by_target, k),
+        **agreement._asdict(),
         "bijective_accuracy": bijective_accuracy(unit[queries], unit[targets], queries[:, None] == targets),
         "pairs": len(queries),
     }

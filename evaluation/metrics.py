@@ -262,11 +262,11 @@ class Separability(NamedTuple):
     Attributes:
         positive_mean: of the cosines of positives.
         negative_mean: of those of negatives.
-        overlap: sum over bins of the lesser of the two histograms: 0 apart, 1 alike.
+        overlap: sum over bins of the lesser share of the two histograms: 0 apart, 1 alike.
         auc: of positives against negatives.
         edges: (bins + 1,) of the bins, from -1 to 1.
-        positive_histogram: (bins,) shares of the positives; they sum to 1.
-        negative_histogram: (bins,) shares of the negatives.
+        positive_counts: (bins,) how many positives; those of several runs may be added.
+        negative_counts: (bins,) how many negatives.
     """
 
     positive_mean: float
@@ -274,8 +274,8 @@ class Separability(NamedTuple):
     overlap: float
     auc: float
     edges: np.ndarray
-    positive_histogram: np.ndarray
-    negative_histogram: np.ndarray
+    positive_counts: np.ndarray
+    negative_counts: np.ndarray
 
 
 def separability(positive: ArrayLike, negative: ArrayLike, bins: int = 50) -> Separability:
@@ -297,10 +297,10 @@ def separability(positive: ArrayLike, negative: ArrayLike, bins: int = 50) -> Se
     if bins < 1:
         raise ValueError(f"bins={bins} must be at least 1.")
     edges = np.linspace(-1, 1, bins + 1)
-    one, other = (np.histogram(side, edges)[0] / len(side) for side in (positive, negative))
+    one, other = (np.histogram(side, edges)[0] for side in (positive, negative))
     scores = np.concatenate([positive, negative])
     auc = roc_auc(scores, np.arange(len(scores)) < len(positive))
-    overlap = float(np.minimum(one, other).sum())
+    overlap = float(np.minimum(one / len(positive), other / len(negative)).sum())
     return Separability(float(positive.mean()), float(negative.mean()), overlap, auc, edges, one, other)
 
 

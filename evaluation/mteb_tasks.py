@@ -7,8 +7,6 @@ which any of its models speaks, and the files.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -29,12 +27,14 @@ from torch.utils.data import DataLoader
 
 from ..media_sail import LoadOptions, load_sound
 from .item_embedder import MODALITIES, rendered_text
+from .revisions import task_revision
 from .tasks.task import Item, Pairs, Retrieval, Task, score, with_sequences
 
 logger = logging.getLogger(__name__)
 
 PAIR_SCORES = ("auc", "average_precision")
 _CODES = {"video": "v", "image": "i", "audio": "a", "text": "t"}
+UNLOADED = "unloaded"  # the revision of data that nobody has looked at yet
 _PLAIN_HZ = 16_000  # of the sounds that plain mteb models get: what mteb resamples to
 
 
@@ -76,7 +76,7 @@ def metadata_of(task: Task, modalities: Sequence[str] = MODALITIES) -> SailTaskM
     return SailTaskMetadata(
         name=task.name,
         description=f"{task.description} Source: {task.source}. Licence: {task.licence}.",
-        dataset={"path": f"sail/{task.name}", "revision": revision_of(task)},
+        dataset={"path": f"sail/{task.name}", "revision": UNLOADED},
         type="PairClassification" if task.main_score in PAIR_SCORES else retrieval,
         category="2".join("".join(_CODES[kind] for kind in side) for side in sides),
         modalities=kinds,
@@ -93,25 +93,13 @@ def _sides(task: Task) -> list[list[str]]:
     return [list(task.query_modalities), list(task.target_modalities)]
 
 
-def revision_of(task: Task) -> str:
-    """12 digits that change with a task's declaration and with the file that makes its data."""
-    declared = {name: value for name, value in vars(task).items() if name != "load"}
-    made = inspect.unwrap(getattr(task.load, "func", task.load))  # a partial tells its function
-    try:
-        code = inspect.getsource(inspect.getmodule(made) or made)
-    except (OSError, TypeError):  # no file, as in an interpreter
-        code = ""
-    text = json.dumps(declared, default=list, sort_keys=True) + code
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
 class _SailTask:
     """What both kinds of tasks share: data of a `Task`, and its one way of scoring."""
 
     task: Task
 
     def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
-        """Makes the data of all subsets, in mteb's form too."""
+        """Makes the data of all subsets, in mteb's form too; the metadata get the revision of just these data."""
         if self.data_loaded:
             return
         self.sides = dict(self.task.load())
@@ -123,6 +111,8 @@ class _SailTask:
                 f"{kind.__name__} is needed, of the subsets {self.metadata.hf_subsets}."
             )
         self.dataset = {name: {"test": self.split_of(self.sides[name])} for name in self.metadata.hf_subsets}
+        dataset = {**self.metadata.dataset, "revision": task_revision(self.task, self.sides)}
+        self.metadata = self.metadata.model_copy(update={"dataset": dataset})
         self.data_loaded = True
 
     def unload_data(self) -> None:
@@ -136,8 +126,7 @@ class _SailTask:
             return super()._evaluate_subset(model, split, **kwargs)
         names = ("hf_split", "hf_subset", "encode_kwargs")
         asked = _Asked(model, self.metadata, *(kwargs[name] for name in names))
-        scores = score(self.sides[kwargs["hf_subset"]], with_sequences(asked.encode))
-        return scores | {"left_out": float(asked.left_out)}
+        return score(self.sides[kwargs["hf_subset"]], with_sequences(asked.encode))
 
 
 class SailRetrieval(_SailTask, AbsTaskRetrieval):
@@ -223,7 +212,7 @@ def _first_path(item: Item, *names: str) -> str | None:
 
 @dataclass
 class _Asked:
-    """`Encode` of a task by an encoder of mteb; ``left_out`` counts the rows of zeros that it gave.
+    """`Encode` of a task by an encoder of mteb.
 
     Models other than ours know no gaps: items go to them in groups that have the same modalities, and an item that has
     none of the model's is a row of zeros.
@@ -234,15 +223,12 @@ class _Asked:
     split: str
     subset: str
     settings: Mapping[str, Any]
-    left_out: int = 0
 
     def encode(self, items: Sequence[Item], side: str) -> np.ndarray:
         prompt_type = PromptType.query if side == "query" else PromptType.document
         table = dataset_of(items)
         whole = getattr(self.model, "reads_items", False)
-        vectors = self._vectors(table, prompt_type) if whole else self._grouped(table, prompt_type)
-        self.left_out += int((~vectors.any(axis=1)).sum())
-        return vectors
+        return self._vectors(table, prompt_type) if whole else self._grouped(table, prompt_type)
 
     def _grouped(self, table: Dataset, prompt_type: PromptType) -> np.ndarray:
         known = self.model.mteb_model_meta.modalities or ["text"]
@@ -295,7 +281,7 @@ def _decoded(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
 def run_task(
     encoder: Any, task: Task, out: Path | None = None, *, batch_size: int = 32, subsets: Sequence[str] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Evaluate one task, or take what ``out`` has of the same model and the same task.
+    """Evaluate one task, or take what ``out`` has of the same model and of the same data and scoring.
 
     Args:
         encoder: any encoder of mteb, such as `SailEncoder`.
@@ -305,10 +291,11 @@ def run_task(
         subsets: some of the task's; all by default.
 
     Returns:
-        For each subset, its scores by name.
+        For each subset, its scores by name, and the ``revision`` of the data.
     """
     made = as_mteb(task, encoder.mteb_model_meta.modalities)
     made.hf_subsets = [name for name in made.hf_subsets if subsets is None or name in subsets]
+    made.load_data()
     cache = None if out is None else ResultCache(out)
     known = None if cache is None or out is None else _known(cache, out, task, encoder.mteb_model_meta)
     stale = known is not None and known.dataset_revision != made.metadata.revision
@@ -320,7 +307,8 @@ def run_task(
         encode_kwargs={"batch_size": batch_size},
         overwrite_strategy="always" if stale else "only-missing",
     )
-    return {entry["hf_subset"]: entry for entry in found.task_results[0].scores["test"]}
+    result = found.task_results[0]
+    return {entry["hf_subset"]: entry | {"revision": result.dataset_revision} for entry in result.scores["test"]}
 
 
 def _known(cache: ResultCache, out: Path, task: Task, meta: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import html
 import json
 import math
 import os
@@ -20,10 +21,14 @@ from typing import Any
 
 import torch
 
-from ..training.files import write_json
+from ..training.files import write_json, write_text
+from ..training.pages import page
 from .charts import bar_chart as bar_chart  # the picture of a table
+from .charts import histogram_chart
 
 Cells = Mapping[str, Mapping[str, Sequence[float]]]  # rows, of columns, of one value a seed
+# Rows, of columns, of "edges" and of the counts "positive" and "negative" between them.
+Histograms = Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]
 
 PACKAGES = (
     "torch",
@@ -37,6 +42,11 @@ PACKAGES = (
 )
 PARTS = ("about", "command", "machine", "versions", "date", "model", "tables")
 MISSING = "–"
+SIDES = ("positive", "negative")
+EXPLAINED = (
+    "<p>Cosines of queries with what answers them, upward, and with as many random candidates that do not, downward; "
+    "shares of each, from -1 to 1. The less the two overlap, the better a threshold tells them apart.</p>"
+)
 
 # --- what is written down with every measurement --------------------------------------------------------------------
 
@@ -134,7 +144,11 @@ def table(
 
 
 def report(
-    about: str, command: str, tables: Mapping[str, Mapping[str, Any]], model: Mapping[str, str] | None = None
+    about: str,
+    command: str,
+    tables: Mapping[str, Mapping[str, Any]],
+    model: Mapping[str, str] | None = None,
+    histograms: Histograms | None = None,
 ) -> dict[str, Any]:
     """A report as it is written: what was measured, with this machine, these versions and this day.
 
@@ -142,12 +156,14 @@ def report(
         about: one sentence.
         command: that measures it again: ``python -m ...``.
         tables: by their keys; see `table`.
-        model: whose results these are (`model_entry`), or None where several stand beside each other.
+        model: whose results these are (`model_entry`); ``{"preset": "mini"}`` where several stand beside a shipped
+            model; or None, and no card shows them.
+        histograms: ``separability_histogram`` of scores by row and column, or None where there are none.
 
     Raises:
         ValueError: what `check_report` refuses.
     """
-    made = {
+    made: dict[str, Any] = {
         "about": about,
         "command": command,
         "machine": machine(),
@@ -156,6 +172,8 @@ def report(
         "model": None if model is None else dict(model),
         "tables": {key: dict(one) for key, one in tables.items()},
     }
+    if histograms is not None:
+        made["histograms"] = {row: dict(cells) for row, cells in histograms.items()}
     check_report("the report", made)
     return made
 
@@ -166,9 +184,10 @@ def write_report(
     command: str,
     tables: Mapping[str, Mapping[str, Any]],
     model: Mapping[str, str] | None = None,
+    histograms: Histograms | None = None,
 ) -> dict[str, Any]:
     """Write a report (see `report`), whole or not at all, and return it."""
-    made = report(about, command, tables, model)
+    made = report(about, command, tables, model, histograms)
     write_json(Path(path), made)
     return made
 
@@ -212,10 +231,25 @@ def check_report(name: str, content: Any) -> None:
         if not isinstance(content[part], dict):
             raise ValueError(f"{name}: {part} is {type(content[part]).__name__}; an object is needed.")
     model = content["model"]
-    if model is not None and not (isinstance(model, dict) and {"name", "hash"} <= set(model)):
-        raise ValueError(f"{name}: model is {model!r}; null, or name and hash are needed (reports.model_entry).")
+    if model is not None and not (
+        isinstance(model, dict) and (set(model) == {"preset"} or {"name", "hash"} <= set(model))
+    ):
+        raise ValueError(
+            f"{name}: model is {model!r}; null, preset, or name and hash are needed (reports.model_entry)."
+        )
     for key, one in content["tables"].items():
         check_table(f"{name}: tables.{key}", one)
+    _check_histograms(name, content.get("histograms", {}))
+
+
+def _check_histograms(name: str, content: Any) -> None:
+    try:
+        for row, cells in content.items():
+            for column, one in cells.items():
+                histogram_chart(f"{name}: histograms, {row}, {column}", one)  # refuses what cannot be drawn
+    except (AttributeError, KeyError, TypeError) as error:
+        needed = "rows, of columns, of edges and of counts, positive and negative"
+        raise ValueError(f"{name}: histograms are no {needed} ({type(error).__name__}: {error}).") from error
 
 
 def check_table(name: str, content: Any) -> None:
@@ -242,6 +276,25 @@ def _check_values(name: str, values: Any, seeds: int) -> None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# --- histograms -----------------------------------------------------------------------------------------------------
+
+
+def pooled(parts: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
+    """One histogram of several over the same edges: their counts added."""
+    counts = {side: [sum(bins) for bins in zip(*(one[side] for one in parts), strict=True)] for side in SIDES}
+    return {"edges": list(parts[0]["edges"]), **counts}
+
+
+def write_histograms(path: str | Path, title: str, histograms: Histograms) -> Path:
+    """A page with a picture for each histogram, by row and column; in it, positives go up and negatives down."""
+    parts = [
+        f"<h2>{html.escape(row)}</h2>" + " ".join(histogram_chart(column, one) for column, one in cells.items())
+        for row, cells in histograms.items()
+    ]
+    write_text(Path(path), page(title, EXPLAINED, *parts))
+    return Path(path)
 
 
 # --- tables as Markdown ---------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,12 @@ import numpy as np
 from sentence_transformers.util import quantize_embeddings
 
 from ..training.build import load_built
-from ..training.data.tuxpaint import name_key
 from .benchmarks.child import run_child
 from .feature_encoder import Data, cached_collator, kept, model_encoder
 from .reports import markdown_table, model_entry, table, write_report
 from .similarity import retrieval_scores
-from .tasks.held_out import tuxpaint
+from .tasks.held_out import Row, tuxpaint
+from .tasks.names import item_to_name, name_to_item
 from .tasks.task import Encode, Item, Retrieval, score, unit
 
 SPOKEN, WRITTEN = "fr", "es"  # the languages of an item's speech and title; its name on the other side is English
@@ -42,29 +43,24 @@ KS = (1, 10, 50)
 # --- items ------------------------------------------------------------------------------------------------------------
 
 
-def held_out_items() -> tuple[dict[str, Item], dict[str, str]]:
-    """Items of all three modalities by id, and the English name of each; of a name there may be several."""
-    rows = [row for row in tuxpaint() if SPOKEN in row["speech"] and WRITTEN in row["names"]]
-    items = {
+def held_out_rows() -> list[Row]:
+    """Stamps that have all three modalities."""
+    return [row for row in tuxpaint() if SPOKEN in row["speech"] and WRITTEN in row["names"]]
+
+
+def items_of(rows: Sequence[Row]) -> dict[str, Item]:
+    """Items by id, whose title is not in the language that asks for them."""
+    return {
         row["id"]: {"image": row["image"], "audio": row["speech"][SPOKEN], "title": row["names"][WRITTEN]}
         for row in rows
     }
-    return items, {row["id"]: row["names"]["en"] for row in rows}
 
 
-def name_to_item(items: dict[str, Item], names: dict[str, str]) -> Retrieval:
-    """English names look for items."""
-    by_name: dict[str, set[str]] = {}
-    for one, name in names.items():
-        by_name.setdefault(name_key(name), set()).add(one)
-    queries = {key: {"text": names[min(found)]} for key, found in by_name.items()}
-    return Retrieval(queries, items, {key: frozenset(found) for key, found in by_name.items()})
-
-
-def item_to_name(items: dict[str, Item], names: dict[str, str]) -> Retrieval:
-    """Items look for their English name."""
-    corpus = {name_key(name): {"text": name} for _, name in sorted(names.items(), reverse=True)}
-    return Retrieval(items, corpus, {one: frozenset([name_key(name)]) for one, name in names.items()})
+def both_ways(rows: Sequence[Row]) -> tuple[Retrieval, Retrieval]:
+    """English names look for items, and items for their English name; of a name there may be several items."""
+    items = items_of(rows)
+    there, back = name_to_item(rows, ("en",)), item_to_name(rows, ("en",))
+    return replace(there, corpus=items), replace(back, queries=items)
 
 
 def reduced(data: Retrieval, side: str, parts: Sequence[str]) -> Retrieval:
@@ -232,13 +228,14 @@ def robustness_tables(model: Path, work: Path) -> dict[str, Any]:
     built = load_built(model)
     if lacks := sorted(set(PARTS) - {"text", *built[1].modalities}):
         raise ValueError(f"{model} reads no {' and no '.join(lacks)}; this report takes items of all modalities apart.")
-    items, names = held_out_items()
-    towards, back = name_to_item(items, names), item_to_name(items, names)
+    towards, back = both_ways(held_out_rows())
     data: Data = {"robustness": {"name -> item": towards, "item -> name": back}}
     collate = cached_collator(*built, work, data)
     q2i, i2n = (model_encoder(built[0], collate, family=family) for family in ("q2i", "cls"))
     targets = by_subset(towards, "target", q2i)
-    sizes = [f"{len(towards.queries)} names, {len(items)} items with picture, speech ({SPOKEN}), title ({WRITTEN})."]
+    sizes = [
+        f"{len(towards.queries)} names, {len(towards.corpus)} items with picture, speech ({SPOKEN}), title ({WRITTEN})."
+    ]
     made = {
         "target_subsets": ("English name -> item with some modalities left", "Recall", targets),
         "query_subsets": ("item with some modalities left -> English name", "Recall", by_subset(back, "query", i2n)),

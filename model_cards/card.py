@@ -17,32 +17,22 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .. import evaluation
-from ..evaluation.charts import bar_chart
+from ..evaluation.charts import bar_chart, histogram_chart
 from ..evaluation.reports import file_sha256, markdown_table
 from ..training.files import write_text
 from ..training.packages import PACKAGES
 from ..training.towers import tower_licences
+from . import wording
 from .checkpoint import Checkpoint, read_checkpoint
 from .claims import claims_table
-from .results import Found, Table, read_results
-from .trace import CHECKPOINT, At, Entry, Trace, read_json, shown
+from .pictures import side_by_side
+from .push import check_repo
+from .results import RESULTS, read_results
+from .tables import Found, Table
+from .trace import CHECKPOINT, At, Entry, Trace, read_json, read_text, shown
 
 HERE = Path(__file__).parent
-RESULTS = Path(evaluation.__path__[0]) / "results"
 MOST_BARS = 120  # a picture with more tells nothing
-
-PARTS = {
-    "text_tower": "fusion backbone",
-    "vision_tower": "vision tower",
-    "audio_tower": "audio tower",
-    "perceiver": "Visual Perceiver, from the picture's tokens to a few",
-    "audio_adapter": "from the sound's features to a token",
-    "late_fusion_gate": "gate between what is seen and the whole (§3.2)",
-    "temperatures": "of the training datasets",
-    "all": "all",
-}
-TAGS = ("sentence-transformers", "transformers", "sail-embedding", "multimodal", "image", "audio", "video", "mteb")
 
 
 @dataclass(frozen=True)
@@ -81,15 +71,18 @@ def make_card(
         folder: of the model.
         results: folders of result files. By default this package's own for a shipped model, none for another.
         out: another place for the card, such as ``model_cards/mini.md``.
-        name: of the model; the folder's by default, or the stage's.
+        name: of the model; by default the folder's, or of a stage ``<run>/<stage>``.
         repo: what the card's examples load, such as ``USER/NAME``; the folder by default.
 
     Returns:
         The cards that were written.
 
     Raises:
-        FileNotFoundError: no model, no folder of results. ValueError: a broken result file.
+        FileNotFoundError: no model, no folder of results. ValueError: another kind of model, a broken file, or no name
+            of a repository.
     """
+    if repo is not None:
+        check_repo(repo)
     card = build_card(Path(folder), None if results is None else [Path(one) for one in results], name=name, repo=repo)
     places = [Path(folder) / "README.md", *([Path(out)] if out is not None else [])]
     for place in places:
@@ -104,24 +97,24 @@ def build_card(
     checkpoint = read_checkpoint(folder)
     if results is None:
         results = [RESULTS] if checkpoint.untouched and RESULTS.is_dir() else []
-    whole = folder.resolve()
-    name = name or (whole.parent.name if whole.name == "model" else whole.name)
+    name = " ".join((name or _default_name(folder)).split())
     found = read_results(results, checkpoint)
-    trace, facts = Trace(checkpoint.facts()), yaml.safe_load((HERE / "facts.yaml").read_text(encoding="utf-8"))
+    trace = Trace({"name": name, **checkpoint.facts()})
+    facts = yaml.safe_load((HERE / "facts.yaml").read_text(encoding="utf-8"))
     about: dict[str, Any] = facts["models"].get(checkpoint.shipped, {}) if checkpoint.untouched else {}
     figures: dict[str, str] = {}
     filled = {
-        "name": name,
-        "model_id": repo or (whole.name if folder.is_absolute() else folder.as_posix()),
-        "summary": about.get("summary", "An omni-modal item embedding: text, pictures, video and sound in one vector."),
+        **wording.examples(checkpoint.config, repo or _load_from(folder), name),
+        "title": trace.text(name, At(CHECKPOINT) / "name"),
+        "summary": about.get("summary") or wording.summary(checkpoint),
         "parts": _parts(checkpoint, facts, trace),
-        "shape": _shape(trace),
+        "shape": _shape(checkpoint, trace),
         "results": "\n\n".join(_result(one, name, trace, figures) for one in found),
         "claims": claims_table(found, trace),
         "towers": _towers(checkpoint, facts),
         "sources": _sources(checkpoint, facts, trace),
         "cost": _cost(checkpoint, trace),
-        "limits": "\n".join(f"- {one}" for one in about.get("limits", [])),
+        "limits": "\n".join(f"- {one}" for one in [*wording.limits(checkpoint.config), *about.get("limits", [])]),
         "files": _files(trace),
         "versions": _versions(checkpoint),
     }
@@ -132,6 +125,24 @@ def build_card(
     files = dict.fromkeys(entry["file"] for entry in [*numbers, *metadata] if entry["file"] != CHECKPOINT)
     files |= dict.fromkeys(path for one in found for path in one.files)
     return Card(name, text, numbers, metadata, trace.checkpoint, list(files), figures)
+
+
+def _default_name(folder: Path) -> str:
+    """The folder's name; of what a stage wrote, ``<run>/<stage>/model``, those of run and stage."""
+    whole = folder.resolve()
+    if (whole.parent / "stage.json").is_file():
+        return f"{whole.parent.parent.name}/{whole.parent.name}"
+    return whole.name
+
+
+def _load_from(folder: Path) -> str:
+    """Where examples load a model that has no repository: its folder as it was named, but no path of this machine."""
+    return folder.resolve().name if folder.is_absolute() else folder.as_posix()
+
+
+def slug(name: str) -> str:
+    """A name as a part of a path: no spaces, slashes or brackets."""
+    return re.sub(r"[^\w.]+", "-", name).strip("-.") or "model"
 
 
 def fill(template: str, filled: Mapping[str, str]) -> str:
@@ -146,9 +157,9 @@ def fill(template: str, filled: Mapping[str, str]) -> str:
 
 def write_card(card: Card, path: Path) -> None:
     """Write a card, its pictures and its trace; pictures of an earlier one that are no longer in it go."""
-    figures = path.parent / "figures" / card.name
-    for old in figures.glob("*.svg"):
-        if f"figures/{card.name}/{old.name}" not in card.figures:
+    folder = f"figures/{slug(card.name)}"
+    for old in (path.parent / folder).glob("*.svg"):
+        if f"{folder}/{old.name}" not in card.figures:
             old.unlink()
     for place, svg in card.figures.items():
         write_text(path.parent / place, svg)
@@ -177,30 +188,31 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _parts(checkpoint: Checkpoint, facts: Mapping[str, Any], trace: Trace) -> str:
-    names = checkpoint.tower_names()
+    names, order = checkpoint.tower_names(), list(wording.PARTS)
     rows = []
-    for part in sorted(checkpoint.parameters, key=lambda part: list(PARTS).index(part) if part in PARTS else -1):
+    for part in sorted(checkpoint.parameters, key=lambda part: order.index(part) if part in order else -1):
         tower = names.get(part.removesuffix("_tower"), "")
-        what = facts["towers"].get(tower, {}).get("what", tower)
-        said = ": ".join(word for word in (PARTS.get(part, ""), what) if word)
+        what = facts["towers"].get(tower, {}).get("what", tower and f"`{tower}`")
+        said = ": ".join(word for word in (wording.part_name(part, checkpoint.config), what) if word)
         rows.append([f"`{part}`" if part != "all" else "", said, trace.number(At(CHECKPOINT) / "parameters" / part)])
     return _table(["part", "what", "parameters"], rows)
 
 
-def _shape(trace: Trace) -> str:
-    """Lengths of embeddings and inputs, as far as the configuration tells them."""
+def _shape(checkpoint: Checkpoint, trace: Trace) -> str:
+    """Lengths of embeddings, and of inputs that the model has towers for, as far as the configuration tells them."""
+    has = ("", *wording.modalities(checkpoint.config))
     config, processor = At(CHECKPOINT) / "config", At(CHECKPOINT) / "processor"
     dims = trace.checkpoint["config"].get("matryoshka_dims", [])
     lengths = [trace.number(config / "matryoshka_dims" / place) for place in range(len(dims))]
     said = [f"Lengths of the embedding that stand alone (Matryoshka): {', '.join(lengths)}."] if lengths else []
-    for place, key, words in (
-        (config, "num_latents", "Visual tokens of an item: {}."),
-        (processor, "max_tokens", "Tokens of an item at most: {}."),
-        (processor, "frames_per_video", "Frames of a video: {}."),
-        (processor, "audio_window_seconds", "Sound is read in windows of {} seconds."),
-        (processor, "max_audio_seconds", "Seconds of sound at most: {}."),
+    for needed, place, key, words in (
+        ("vision", config, "num_latents", "Visual tokens of an item: {}."),
+        ("", processor, "max_tokens", "Tokens of an item at most: {}."),
+        ("vision", processor, "frames_per_video", "Frames of a video: {}."),
+        ("audio", processor, "audio_window_seconds", "Sound is read in windows of {} seconds."),
+        ("audio", processor, "max_audio_seconds", "Seconds of sound at most: {}."),
     ):
-        if isinstance(trace.checkpoint[place.path[0]].get(key), (int, float)):
+        if needed in has and isinstance(trace.checkpoint[place.path[0]].get(key), (int, float)):
             said.append(words.format(trace.number(place / key)))
     return " ".join(said)
 
@@ -244,13 +256,15 @@ def _cost(checkpoint: Checkpoint, trace: Trace) -> str:
         for stage in read_json(manifest.file).get("seconds", {}):
             last = At(log) / stage / -1 / "step"
             done = trace.number(last) if steps.get(stage) and "step" in steps[stage][-1] else ""
-            rows.append([trace.text(stage, manifest), done, "", trace.number(manifest / stage, **hours), "", ""])
+            rows.append(
+                [trace.text(stage, manifest / stage), done, "", trace.number(manifest / stage, **hours), "", ""]
+            )
     for stage in checkpoint.stages:
         at, entry = At(stage.folder / "stage.json"), stage.entry
         peak = trace.number(at / "peak_memory_bytes", digits=1, scale=1 / (1 << 30))
         counts = [trace.number(at / "steps"), trace.number(at / "samples")]
         device = trace.text(entry["device"], at / "device")
-        rows.append([trace.text(stage.folder.name, at), *counts, trace.number(at / "seconds", **hours), peak, device])
+        rows.append([f"`{stage.folder.name}`", *counts, trace.number(at / "seconds", **hours), peak, device])
     return _table(["stage", "steps", "samples", "hours", "peak memory (GiB)", "device"], rows)
 
 
@@ -282,19 +296,33 @@ def _versions(checkpoint: Checkpoint) -> str:
 
 def _result(found: Found, name: str, trace: Trace, figures: dict[str, str]) -> str:
     about = trace.text(found.about, found.about_at) if found.about_at else found.about
-    parts = [f"### {found.heading}", about]
+    parts = [f"### {trace.text(found.heading, At(found.files[0]))}", about]
     for table in found.tables:
         parts.append(_measured(table, trace))
         if found.picture is None and 0 < len(table.rows) * len(table.drawn) <= MOST_BARS:
-            place = f"figures/{name}/{found.key}-{table.key}.svg".replace(" ", "-")
-            figures[place] = bar_chart(table.content(table.drawn))
-            parts.append(f"![{trace.text(table.title, table.at)}]({place})")
+            place = _place(figures, name, f"{found.key}-{table.key}", bar_chart(table.content(table.drawn)))
+            parts.append(f"![{trace.text(table.title, table.at / 'title')}]({place})")
     if found.picture is not None:
-        place = f"figures/{name}/{found.key}.svg"
-        figures[place] = found.picture.read_text(encoding="utf-8")
-        parts.append(f"![{found.heading}]({place})")
+        place = _place(figures, name, found.key, read_text(found.picture))
+        parts.append(f"![{trace.text(found.heading, At(found.files[0]))}]({place})")
+    if found.histograms:
+        rows = [
+            [histogram_chart(": ".join(part for part in (row, column) if part), one) for column, one in cells.items()]
+            for row, cells in found.histograms.items()
+        ]
+        place = _place(figures, name, f"{found.key}-separability", side_by_side(rows))
+        parts.append(f"![Cosines of positives, upward, and of random negatives, downward]({place})")
     parts.append(_where(found, trace))
     return "\n\n".join(part for part in parts if part)
+
+
+def _place(figures: dict[str, str], name: str, key: str, svg: str) -> str:
+    """Where a picture of the card lies; two of one name, as of two folders of results, do not meet."""
+    place = f"figures/{slug(name)}/{slug(key)}"
+    while f"{place}.svg" in figures:
+        place += "-again"
+    figures[f"{place}.svg"] = svg
+    return f"{place}.svg"
 
 
 def _measured(table: Table, trace: Trace) -> str:
@@ -302,21 +330,21 @@ def _measured(table: Table, trace: Trace) -> str:
         return trace.spread(table.rows[row][column].at, digits=digits)
 
     def named(name: str) -> str:
-        return trace.text(name, table.names.get(name, table.at))
+        return trace.text(name, *table.names.get(name, (table.at,)))
 
-    title = f"**{trace.text(table.title, table.at)}**"
-    notes = "\n".join(f"- {trace.text(note, table.at)}" for note in table.notes)
+    title = f"**{trace.text(table.title, table.at / 'title')}**"
+    notes = "\n".join(f"- {trace.text(note, table.at / 'notes' / n)}" for n, note in enumerate(table.notes))
     return "\n\n".join([title, markdown_table(table.content(), cell=cell, name=named), *([notes] if notes else [])])
 
 
 def _where(found: Found, trace: Trace) -> str:
     """The command, and machine, day and versions of a report."""
-    said = [f"`{found.command}`"] if found.command else []
+    said = [f"`{' '.join(found.command.split())}`"] if found.command else []
     machine, at = found.where.get("machine", {}), At(found.files[0])
     if machine:
         words = {"cpu": "{}", "cores": "{} cores", "threads": "{} threads", "memory_gib": "{} GiB"}
         told = [words[key].format(trace.text(machine[key], at / "machine" / key)) for key in words if key in machine]
-        said.append(f"on {', '.join(told)}, {found.where['date']}")
+        said.append(f"on {', '.join(told)}, {trace.text(found.where['date'], at / 'date')}")
     versions = ", ".join(f"`{name} {version}`" for name, version in found.where.get("versions", {}).items())
     return "; ".join([*said, *([versions] if versions else [])])
 
@@ -353,8 +381,8 @@ def _metadata(
         language=about.get("languages"),
         license=about.get("licence"),
         library_name="sentence-transformers",
-        tags=list(TAGS),
-        pipeline_tag="feature-extraction",
+        tags=wording.tags(checkpoint.config),
+        pipeline_tag=wording.pipeline(checkpoint.config),
         base_model=known or None,
         model_name=name,
         eval_results=values or None,

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .results import Cell, Found, Table
+from .tables import Cell, Found, Table
 from .trace import Trace
 
 OURS = "SAIL"  # how our column begins

@@ -7,21 +7,21 @@ the dry run prints. Tokens are huggingface_hub's business: none is read or asked
 from __future__ import annotations
 
 import fnmatch
-import json
 import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from .. import modeling_sail
 from ..evaluation.reports import file_sha256
+from .checkpoint import PACKAGE, below
+from .trace import read_json, read_object, read_text
 
-PACKAGE = Path(modeling_sail.__file__).parent
 ALLOWED = (
     "config.json",
     "config_sentence_transformers.json",
@@ -61,8 +61,9 @@ NEEDED = {
     "config.json": "`sail build` or `sail train` makes a model",
     "processor_config.json": "`sail build` or `sail train` makes a model",
     "modules.json": "`sail build` or `sail train` makes a model",
-    "README.md": "`sail card {folder}` writes it",
+    "README.md": "`{card}` writes it",
 }
+LOADED = re.compile(r"""(?:SentenceTransformer|from_pretrained)\(\s*(["'])(.+?)\1""")  # by an example of a card
 
 
 @dataclass(frozen=True)
@@ -115,14 +116,16 @@ def plan_push(folder: str | Path, repo: str) -> Plan:
         repo: ``USER/NAME``.
 
     Raises:
-        ValueError: no such name of a repository; something is missing, older than the weights, or looks like a secret.
+        ValueError: no such name of a repository; something is missing, of another form, older than the weights, or
+            looks like a secret; a card whose examples load another place.
     """
     folder = Path(folder)
-    validate_repo_id(repo)
-    if repo.count("/") != 1:
-        raise ValueError(f"--repo is {repo!r}; USER/NAME is needed.")
+    check_repo(repo)
     going, left_out = _sorted_out(folder)
-    missing = list(_missing(folder, set(going)))
+    if "config.json" not in going and not (folder / "config.json").exists():
+        raise ValueError(f"There is no model in {folder} (no config.json): {below(folder)}")
+    card = f"sail card {shlex.quote(str(folder))} --repo {repo}"
+    missing = list(_missing(folder, set(going), card))
     if missing:
         raise ValueError(f"{folder} cannot be pushed: {'; '.join(missing)}.")
     files = []
@@ -130,8 +133,25 @@ def plan_push(folder: str | Path, repo: str) -> Plan:
         path = folder / name
         size = path.stat().st_size
         files.append(File(name, size, file_sha256(path), path.suffix == ".safetensors" or size > LFS_BYTES))
-    _check_contents(folder, files)
+    _check_contents(folder, files, repo, card)
     return Plan(folder, repo, files, left_out, _notes(folder, going))
+
+
+def check_repo(repo: str) -> None:
+    """Refuse what is no repository of a user.
+
+    Raises:
+        ValueError: says what is needed.
+    """
+    try:
+        validate_repo_id(repo)
+        whole = repo.count("/") == 1
+    except HFValidationError:
+        whole = False
+    if not whole:
+        raise ValueError(
+            f"--repo is {repo!r}; USER/NAME is needed: one slash, and letters, digits, '-', '_', '.' on both sides."
+        )
 
 
 def push(folder: str | Path, repo: str, *, dry_run: bool, private: bool = False, api: Any = None) -> Plan:
@@ -163,8 +183,10 @@ def push(folder: str | Path, repo: str, *, dry_run: bool, private: bool = False,
 def _sorted_out(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
     """Names that go up, and the others with the reason; links stay, as what they point to may lie anywhere."""
     going, stays = [], {}
+    readme = folder / "README.md"
+    card = read_text(readme) if readme.is_file() else ""
     for name in _names(folder):
-        reason = _reason(folder / name, name)
+        reason = _reason(folder / name, name, card)
         if reason is None:
             going.append(name)
         else:
@@ -181,34 +203,38 @@ def _names(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def _reason(path: Path, name: str) -> str | None:
-    """Why a file stays; None if it goes up."""
+def _reason(path: Path, name: str, card: str) -> str | None:
+    """Why a file stays; None if it goes up. A picture goes if the card shows it: one of before may still lie there."""
     for pattern, reason in REASONS:
         if re.search(pattern, name):
             return reason
     flat = "/" not in name and path.suffix in SUFFIXES and any(fnmatch.fnmatch(name, one) for one in ALLOWED)
     if not flat and not fnmatch.fnmatch(name, PICTURES):
         return "no part of a model"
+    if not flat and name not in card:
+        return "a picture that the card does not show"
     return "a link: put the file itself here" if path.is_symlink() else None
 
 
 # --- what must be there -----------------------------------------------------------------------------------------------
 
 
-def _missing(folder: Path, going: set[str]) -> Iterator[str]:
+def _missing(folder: Path, going: set[str], card: str) -> Iterator[str]:
     """What a model on the Hub needs and the folder lacks, with what to do."""
     for name, remedy in NEEDED.items():
         if name not in going:
-            yield f"{name} is missing ({remedy.format(folder=folder)})"
+            yield f"{name} is missing ({remedy.format(card=card)})"
     if not any(name.endswith(".safetensors") and name.startswith("model") for name in going):
         yield "model.safetensors is missing (`sail build` or `sail train` writes it)"
     if "model.safetensors.index.json" in going:
-        shards = set(_json(folder / "model.safetensors.index.json").get("weight_map", {}).values())
+        index = folder / "model.safetensors.index.json"
+        shards = set(_texts(index, read_object(index).get("weight_map"), "weight_map"))
         yield from (f"{name} is missing (a shard of the weights)" for name in sorted(shards - going))
     if "tokenizer.json" not in going and "tokenizer_config.json" not in going:
         yield "the tokenizer is missing (`processor.save_pretrained` writes it)"
     for name in sorted(_code(folder, going) - going):
-        yield f"{name} is missing (code that the model needs: save it with the package installed)"
+        ours = f"copy it from {PACKAGE}" if (PACKAGE / name).is_file() else "copy it from where the model was made"
+        yield f"{name} is missing (code that the model needs: {ours})"
 
 
 def _code(folder: Path, going: set[str]) -> set[str]:
@@ -216,43 +242,57 @@ def _code(folder: Path, going: set[str]) -> set[str]:
     named: set[str] = set()
     for name in ("config.json", "processor_config.json"):
         if name in going:
-            named |= {one.split(".")[0] for one in (_json(folder / name).get("auto_map") or {}).values()}
+            classes = _texts(folder / name, read_object(folder / name).get("auto_map") or {}, "auto_map")
+            named |= {one.split(".")[0] for one in classes}
     if "modules.json" in going:
-        types = [one["type"] for one in _json(folder / "modules.json")]
+        path = folder / "modules.json"
+        modules = read_json(path)
+        if not isinstance(modules, list) or not all(isinstance(one, dict) for one in modules):
+            raise ValueError(f"{path} is no list of modules; `sail build` or `sail train` writes one.")
+        types = _texts(path, {str(n): one.get("type") for n, one in enumerate(modules)}, "type")
         named |= {one.split(".")[0] for one in types if not one.startswith("sentence_transformers.")}
     found: set[str] = set()
     while named:
         file = f"{named.pop()}.py"
         if file not in found and file in going:
-            source = (folder / file).read_text(encoding="utf-8")
-            named |= set(re.findall(r"^from \.(\w+) import", source, re.MULTILINE))
+            named |= set(re.findall(r"^from \.(\w+) import", read_text(folder / file), re.MULTILINE))
         found.add(file)
     return found
 
 
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON file ({error}).") from error
+def _texts(path: Path, found: Any, what: str) -> list[str]:
+    """The values of an object, which must be texts.
+
+    Raises:
+        ValueError: they are not; names the file.
+    """
+    if not isinstance(found, dict) or not all(isinstance(one, str) for one in found.values()):
+        raise ValueError(f"{path}: {what} is {str(found)[:80]}; names are needed: save the model again.")
+    return list(found.values())
 
 
 # --- what is in them --------------------------------------------------------------------------------------------------
 
 
-def _check_contents(folder: Path, files: Sequence[File]) -> None:
-    """Refuse secrets, and a card of other weights.
+def _check_contents(folder: Path, files: Sequence[File], repo: str, command: str) -> None:
+    """Refuse secrets, and a card of other weights or with examples that load another place.
 
     Raises:
-        ValueError: says which file.
+        ValueError: says which file, and the command that writes the card.
     """
-    card = (folder / "README.md").read_text(encoding="utf-8")
+    card = read_text(folder / "README.md")
+    elsewhere = sorted({found[2] for found in LOADED.finditer(card)} - {repo})
+    if elsewhere:
+        raise ValueError(
+            f"The examples of README.md in {folder} load {', '.join(map(repr, elsewhere))}, not {repo!r}; write it "
+            f"again with `{command}`, and the --results that it had."
+        )
     for file in files:
         if file.name.endswith(".safetensors"):
             if file.name.startswith("model") and file.sha256 not in card:
                 raise ValueError(
                     f"README.md in {folder} is about other weights: the sha256 of {file.name} is not in it; write it "
-                    f"again with `sail card {folder}`."
+                    f"again with `{command}`."
                 )
         elif SECRET.search((folder / file.name).read_text(encoding="utf-8", errors="replace")):
             raise ValueError(
@@ -265,7 +305,7 @@ def _notes(folder: Path, names: Sequence[str]) -> list[str]:
     found = []
     for name in names:
         if name.endswith(".json") and not name.startswith("tokenizer"):
-            for text in _strings(_json(folder / name)):
+            for text in _strings(read_json(folder / name)):
                 if re.match(r"/[\w.-]+/|[A-Za-z]:\\", text):
                     found.append(f"{name} names a folder of this machine, {text!r}: nobody else needs it")
         ours = PACKAGE / name

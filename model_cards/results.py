@@ -6,107 +6,32 @@ Room: Evaluation -> **Card**. Unusual: a file that is about another model is lef
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.reports import is_report, one_unit, read_report
+from .. import evaluation
+from ..evaluation.charts import histogram_chart
+from ..evaluation.reports import is_report, read_report
 from .checkpoint import Checkpoint
-from .trace import EVERY, At, read_json, values_at
+from .earlier import EARLIER
+from .tables import Cell, Found, Histogram, Metric, Table, picture_beside
+from .trace import At, is_number, read_json, read_object
 
 logger = logging.getLogger(__name__)
 
+RESULTS = Path(evaluation.__path__[0]) / "results"
+
 FIRST = ("retrieval", "mteb", "peers", "ladder", "robustness")  # known keys, in a good order; others follow by name
 BESIDE = ("model_meta.json", "summary.json")  # what lies beside mteb's results
-HEADINGS = {"peers": "Beside its peers", "ladder": "The ablation ladder", "robustness": "Robustness and cost"}
+HEADINGS = {
+    "peers": "Beside its peers",
+    "ladder": "The ablation ladder",
+    "robustness": "Robustness and cost",
+    "progressive": "Choosing the data, stage by stage",
+    "recipe_comparison": "The full set of losses beside plain NCE",
+}
 LAST = ("recipe_comparison", "progressive", "balance", "cre", "benchmarks")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """The values of each seed, and where they stand."""
-
-    values: list[float]
-    at: At
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of a result file.
-
-    Attributes:
-        key: as claims name it.
-        title, unit, notes, higher_is_better: as in a report.
-        columns: their order.
-        rows: cells by row and column.
-        at: of the whole table; its names and notes stand below.
-        names: where the name of a row stands, if elsewhere.
-        chart: columns to draw; all of one unit by default.
-    """
-
-    key: str
-    title: str
-    unit: str
-    columns: Sequence[str]
-    rows: Mapping[str, Mapping[str, Cell]]
-    at: At
-    notes: Sequence[str] = ()
-    higher_is_better: bool = True
-    chart: Sequence[str] | None = None
-    names: Mapping[str, At] = field(default_factory=dict)
-
-    def content(self, columns: Sequence[str] | None = None) -> dict[str, Any]:
-        """As `reports.markdown_table` and `bar_chart` take it, with these columns or all."""
-        kept = list(self.columns if columns is None else columns)
-        rows = {
-            row: {column: cells[column].values for column in kept if column in cells}
-            for row, cells in self.rows.items()
-        }
-        form = {"title": self.title, "unit": self.unit, "higher_is_better": self.higher_is_better}
-        return {**form, "columns": kept, "rows": {row: cells for row, cells in rows.items() if cells}}
-
-    @property
-    def drawn(self) -> Sequence[str]:
-        """Columns that a picture of the table has."""
-        if self.chart is not None:
-            return self.chart
-        return self.columns if one_unit({"unit": self.unit}) and len(self.columns) > 1 else ()
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A value of the card's metadata, of this very checkpoint: see `huggingface_hub.EvalResult`."""
-
-    task_type: str
-    dataset: str
-    subset: str
-    name: str
-    at: At
-
-
-@dataclass(frozen=True)
-class Found:
-    """A result file, or several of a kind.
-
-    Attributes:
-        key: the file's name without its ending.
-        heading, about: what stands above the tables; ``about_at`` is where it was read, None where it is our own prose.
-        command: that measures it again.
-        where: ``machine``, ``versions`` and ``date`` of a report.
-        picture: an SVG that lies beside the file, in place of charts.
-    """
-
-    key: str
-    heading: str
-    about: str
-    tables: Sequence[Table]
-    files: Sequence[Path]
-    about_at: At | None = None
-    command: str = ""
-    where: Mapping[str, Any] = field(default_factory=dict)
-    picture: Path | None = None
-    metrics: Sequence[Metric] = ()
 
 
 def read_results(folders: Sequence[Path], checkpoint: Checkpoint) -> list[Found]:
@@ -127,10 +52,10 @@ def read_results(folders: Sequence[Path], checkpoint: Checkpoint) -> list[Found]
             content = read_json(path)
             if is_report(content):
                 found += _report(path, checkpoint)
-            elif path.stem in EARLIER and (checkpoint.untouched and checkpoint.shipped == "mini"):
-                found.append(EARLIER[path.stem](path, content))
+            elif path.stem in EARLIER and path.parent.resolve() == RESULTS.resolve():
+                found += _earlier(path, content, checkpoint)
             elif not is_mteb(content) and path.name not in BESIDE:
-                logger.warning("%s is left out: no report, or not about this model.", path)
+                logger.warning("%s is left out: it is no report, and does not say what it is about.", path)
         mteb += [path for path in sorted(folder.rglob("*.json")) if is_mteb(read_json(path))]
     found += _mteb(mteb, checkpoint)
     order = {key: place for place, key in enumerate((*FIRST, None, *LAST))}
@@ -140,8 +65,12 @@ def read_results(folders: Sequence[Path], checkpoint: Checkpoint) -> list[Found]
 def _report(path: Path, checkpoint: Checkpoint) -> list[Found]:
     content = read_report(path)
     model = content["model"]
-    if model is not None and not checkpoint.is_meant(model):
-        logger.warning("%s is left out: it is about %s with other weights; measure again.", path, model["name"])
+    if model is None:
+        logger.warning("%s is left out: it does not say which model it is about (`model` is null).", path)
+        return []
+    if not checkpoint.is_meant(model):
+        told = f"the shipped {model['preset']}" if "preset" in model else f"{model['name']} with other weights"
+        logger.warning("%s is left out: it is about %s; measure again.", path, told)
         return []
     at = At(path)
     tables = []
@@ -152,16 +81,14 @@ def _report(path: Path, checkpoint: Checkpoint) -> list[Found]:
             for row, cells in one["rows"].items()
         }
         parts = {name: one[name] for name in ("title", "unit", "columns", "notes", "higher_is_better")}
-        tables.append(Table(key=key, rows=rows, at=place, **parts))
+        names = {one["unit"]: (place / "unit",)} | {row: (place / "rows" / row,) for row in rows}
+        names |= {column: (place / "columns" / n,) for n, column in enumerate(one["columns"])}
+        tables.append(Table(key=key, rows=rows, at=place, names=names, **parts))
     where = {name: content[name] for name in ("machine", "versions", "date")}
     heading = HEADINGS.get(path.stem, path.stem.replace("_", " ").capitalize())
-    about, command = content["about"], content["command"]
-    return [Found(path.stem, heading, about, tables, [path], at / "about", command, where, _beside(path))]
-
-
-def _beside(path: Path) -> Path | None:
-    svg = path.with_suffix(".svg")
-    return svg if svg.is_file() else None
+    more = {"about_at": at / "about", "command": content["command"], "where": where}
+    more |= {"picture": picture_beside(path), "histograms": content.get("histograms", {})}
+    return [Found(path.stem, heading, content["about"], tables, [path], **more)]
 
 
 # --- of this very checkpoint ----------------------------------------------------------------------------------------
@@ -178,7 +105,8 @@ def own_retrieval(checkpoint: Checkpoint) -> list[Found]:
         return []
     content = read_json(path) if path.is_file() else []
     rows = content.get("evaluation") if isinstance(content, dict) else content
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and "task" in row for row in rows) or not rows:
+    known = isinstance(rows, list) and all(isinstance(one, dict) and isinstance(one.get("task"), str) for one in rows)
+    if not known or not rows:
         return []
     return [_retrieval(rows, at, path)]
 
@@ -189,13 +117,16 @@ def _retrieval(rows: list[dict[str, Any]], at: At, path: Path) -> Found:
         names |= {f"R@{k}": f"model R@{k}", f"linear baseline R@{k}": f"linear R@{k}"}
     cells = {
         row["task"]: {
-            column: Cell([float(row[name])], at / place / name) for column, name in names.items() if name in row
+            column: Cell([float(row[name])], at / place / name)
+            for column, name in names.items()
+            if is_number(row.get(name))
         }
         for place, row in enumerate(rows)
     }
     columns = [column for column in names if any(column in one for one in cells.values())]
     drawn = [column for column in columns if column.endswith("R@10")]
-    table = Table("retrieval", "Names that no training saw", "", columns, cells, at, chart=drawn)
+    tasks = {row["task"]: (at / place / "task",) for place, row in enumerate(rows)}
+    table = Table("retrieval", "Names that no training saw", "", columns, cells, at, chart=drawn, names=tasks)
     metrics = [
         Metric(
             "retrieval",
@@ -206,6 +137,7 @@ def _retrieval(rows: list[dict[str, Any]], at: At, path: Path) -> Found:
         )
         for n, row in enumerate(rows)
         for k in (1, 10)
+        if is_number(row.get(f"model R@{k}"))
     ]
     about = (
         "Pictures and recorded speech look for names, names for items; beside it a linear map from the frozen towers."
@@ -216,46 +148,85 @@ def _retrieval(rows: list[dict[str, Any]], at: At, path: Path) -> Found:
 
 # --- mteb -----------------------------------------------------------------------------------------------------------
 
-SHOWN = (
-    "main_score",
-    "recall_at_1",
-    "recall_at_10",
-    "recall_at_50",
-    "recall_at_100",
-    "ndcg_at_10",
-    "auc",
-    "average_precision",
+LEFT_OUT = "left out"
+LEFT_OUT_NOTE = (
+    "*left out*: how many queries, candidates or sides of pairs the model could not embed; they find nothing and are "
+    "not found."
 )
+NAMES = ("main_score", "recall_at_1", "recall_at_10", "recall_at_50", "recall_at_100", "ndcg_at_10")
+SHOWN = {name: name for name in (*NAMES, "auc", "average_precision")} | {"left_out": LEFT_OUT}
 
 
 def is_mteb(content: Any) -> bool:
-    """Whether a JSON file is an mteb ``TaskResult``."""
-    return isinstance(content, dict) and "task_name" in content and isinstance(content.get("scores"), dict)
+    """Whether a JSON file is meant as an mteb ``TaskResult``."""
+    return isinstance(content, dict) and "task_name" in content
 
 
 def _mteb(paths: Sequence[Path], checkpoint: Checkpoint) -> list[Found]:
     """One table for all tasks: a row for each task, split and subset."""
     rows: dict[str, dict[str, Cell]] = {}
-    metrics, kept, names = [], [], {}
+    metrics, kept, names, histograms = [], [], {}, {}
     for path in paths:
         if not _is_of(path, checkpoint):
             continue
-        content = read_json(path)
         kept.append(path)
-        for split, scores in content["scores"].items():
-            for place, one in enumerate(scores):
-                subset = one.get("hf_subset", "default")
-                parts = [part for part in (split, subset) if part not in ("test", "default")]
-                name = ": ".join([content["task_name"], *parts])
-                names[name], at = At(path), At(path) / "scores" / split / place
-                rows[name] = {key: Cell([float(one[key])], at / key) for key in SHOWN if key in one}
+        for at, task, split, one in _scored(path):
+            subset = one.get("hf_subset", "default")
+            name = ": ".join([task, *(part for part in (split, subset) if part not in ("test", "default"))])
+            places = [at / "hf_subset"] if "hf_subset" in one else []
+            names[name] = (At(path) / "task_name", At(path) / "scores" / split, *places)
+            rows[name] = {said: Cell([float(one[key])], at / key) for key, said in SHOWN.items() if is_number(one[key])}
+            if one["separability_histogram"] is not None:
+                histograms[name] = {"": _drawable(path, one["separability_histogram"])}
+            if is_number(one["main_score"]):
                 kind = "retrieval" if "recall_at_1" in one else "pair-classification"
-                metrics.append(Metric(kind, content["task_name"], subset, "main_score", at / "main_score"))
+                metrics.append(Metric(kind, task, subset, "main_score", at / "main_score"))
+    rows = {name: cells for name, cells in rows.items() if cells}
     if not rows:
         return []
-    columns = [key for key in SHOWN if any(key in cells for cells in rows.values())]
-    table = Table("mteb", "Tasks", "", columns, rows, At(kept[0]), names=names)
-    return [Found("mteb", "Tasks of mteb", "", [table], kept, None, "sail evaluate", metrics=metrics)]
+    told = {said for cells in rows.values() for said, cell in cells.items() if said != LEFT_OUT or any(cell.values)}
+    columns = [said for said in SHOWN.values() if said in told]
+    rows = {name: {said: cell for said, cell in cells.items() if said in told} for name, cells in rows.items()}
+    notes = [LEFT_OUT_NOTE] if LEFT_OUT in told else []
+    table = Table("mteb", "Tasks", "", columns, rows, At(kept[0]), names=names, notes=notes)
+    more = {"command": "sail evaluate", "metrics": metrics, "histograms": histograms}
+    return [Found("mteb", "Tasks of mteb", "", [table], kept, **more)]
+
+
+def _scored(path: Path) -> Iterator[tuple[At, str, str, dict[str, Any]]]:
+    """Place, task, split and scores of each subset of an mteb result; what is not shown is None.
+
+    Raises:
+        ValueError: it is not what mteb writes; says where.
+    """
+    content = read_json(path)
+    task, scores = content["task_name"], content.get("scores")
+    if not isinstance(task, str) or not isinstance(scores, dict):
+        raise ValueError(f"{path} is no result of mteb: task_name must be a text, scores an object; evaluate again.")
+    for split, subsets in scores.items():
+        if not isinstance(subsets, list) or not all(isinstance(one, dict) for one in subsets):
+            raise ValueError(f"{path} is no result of mteb: scores.{split} must be a list of objects; evaluate again.")
+        for place, one in enumerate(subsets):
+            if "main_score" not in one or not isinstance(one.get("hf_subset", ""), str):
+                raise ValueError(
+                    f"{path} is no result of mteb: main_score is missing from scores.{split}, or hf_subset is no text; "
+                    "evaluate again."
+                )
+            told = {**dict.fromkeys([*SHOWN, "separability_histogram"]), **one}
+            yield At(path) / "scores" / split / place, task, split, told
+
+
+def _drawable(path: Path, histogram: Any) -> Histogram:
+    """A histogram of `evaluation.tasks.task.score`.
+
+    Raises:
+        ValueError: it is none; names the file.
+    """
+    try:
+        histogram_chart("", histogram)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{path}: separability_histogram cannot be drawn ({error}); evaluate again.") from error
+    return dict(histogram)
 
 
 def _is_of(path: Path, checkpoint: Checkpoint) -> bool:
@@ -266,129 +237,26 @@ def _is_of(path: Path, checkpoint: Checkpoint) -> bool:
     meta = path.parent / "model_meta.json"
     if not meta.is_file():
         return True
-    told = read_json(meta)
+    told = read_object(meta)
     if told.get("revision") == checkpoint.digest and not str(told.get("name")).endswith("-plain"):
         return True
     logger.warning("%s is left out: it is about %s, revision %s.", path, told.get("name"), told.get("revision"))
     return False
 
 
-# --- what was measured before reports had a form, all of it on `mini` or beside it ----------------------------------
+# --- of before -------------------------------------------------------------------------------------------------------
 
 
-def _recipes(heading: str, about: str, names: str) -> Callable[[Path, Any], Found]:
-    """``{recipe: {seed: [{"task", "model R@10", ...}]}}`` of recipe_comparison.py."""
+def _earlier(path: Path, content: Any, checkpoint: Checkpoint) -> list[Found]:
+    """A file of before, for the shipped `mini` alone.
 
-    def read(path: Path, content: Any) -> Found:
-        tasks = [row["task"] for row in next(iter(next(iter(content.values())).values()))]
-        rows = {
-            task: {recipe: _cell(path, content, recipe, EVERY, place, "model R@10") for recipe in content}
-            for place, task in enumerate(tasks)
-        }
-        table = Table("recipes", "Retrieval of held-out names", "Recall@10", list(content), rows, At(path))
-        command = f"python -m modeling_sail.evaluation.recipe_comparison {names}"
-        return Found(path.stem, heading, about, [table], [path], None, command, picture=_beside(path))
-
-    return read
-
-
-def _cell(path: Path, content: Any, *steps: str | int) -> Cell:
-    return Cell(values_at(content, steps), At(path, steps))
-
-
-QUESTIONS = {
-    "sequences": ("Sequence tests (§4.3): what comes next", ("vanilla", "filtered")),
-    "cold start": ("Items that nothing has learned of", ("unseen",)),
-    "copairs": ("Items that the same users chose", ("copairs",)),
-    "i2i": ("Neighbours by behaviour and by content", ("ID-i2i", "content-i2i")),
-}
-
-
-def _behaviour(path: Path, content: Any) -> Found:
-    first = next(iter(content.values()))
-    tables = []
-    for key, (title, begins) in QUESTIONS.items():
-        asked = dict.fromkeys(name for row in first["table"].values() for name in row if name.startswith(begins))
-        rows = {
-            who: {name: _cell(path, content, EVERY, "table", who, name) for name in asked if name in found}
-            for who, found in first["table"].items()
-        }
-        tables.append(
-            Table(key, title, "", list(asked), {who: cells for who, cells in rows.items() if cells}, At(path))
-        )
-    ranked = {
-        f"{question}, {features}": {
-            name: _cell(path, content, EVERY, "ranker", question, features, name.lower()) for name in ("AUC", "GAUC")
-        }
-        for question, sets in first["ranker"].items()
-        for features in sets
-    }
-    tables.append(Table("ranker", "A fixed ranker downstream", "", ["AUC", "GAUC"], ranked, At(path)))
-    about = (
-        "MovieLens, with films set aside that nothing learns from. `before` is this model; the stages `content`, "
-        "`seq2item` and `id2item` (§3.3.5) follow each other; other rows are recommenders beside them."
-    )
-    command = "python -m modeling_sail.evaluation.cre --model build/mini"
-    return Found(path.stem, "What behaviour does to it", about, tables, [path], None, command, picture=_beside(path))
-
-
-def _balance(path: Path, content: Any) -> Found:
-    rows = {
-        name: {
-            **{one: _cell(path, content, "scores", row, column) for column, one in enumerate(content["benchmarks"])},
-            "weight": _cell(path, content, "weights", name),
-        }
-        for row, name in enumerate(content["datasets"])
-    }
-    table = Table(
-        "balance",
-        "Nearness to the validation sets, and weights",
-        "",
-        [*content["benchmarks"], "weight"],
-        rows,
-        At(path),
-    )
-    about = "How often `balance` (§3.1.3) would draw each source."
-    return Found(
-        path.stem,
-        "Weights of the sources",
-        about,
-        [table],
-        [path],
-        None,
-        "sail balance mini-progressive",
-        picture=_beside(path),
-    )
-
-
-def _benchmarks(path: Path, content: Any) -> Found:
-    rows: dict[str, dict[str, Cell]] = {}
-    names = {}
-    for place, line in enumerate(content):
-        if line["benchmark"] in ("encode", "exact"):  # the others are about training
-            beside = f", beside {line['peer_name']}" if line["peer_name"] else ""
-            name = f"{line['case']}: {line['figure']}{beside}"
-            columns, names[name] = ("ours", "peer"), At(path) / place
-            rows[name] = {key: _cell(path, content, place, key) for key in columns if line[key] is not None}
-    table = Table("speed", "Encoding", "", ["ours", "peer"], rows, At(path), names=names)
-    command = "; ".join(
-        f"python -m modeling_sail.evaluation.benchmarks {one} --model build/mini" for one in ("encode", "exact")
-    )
-    return Found(path.stem, "How fast, how exact", "", [table], [path], None, command)
-
-
-EARLIER: dict[str, Callable[[Path, Any], Found]] = {
-    "cre": _behaviour,
-    "balance": _balance,
-    "benchmarks": _benchmarks,
-    "recipe_comparison": _recipes(
-        "The full set of losses beside plain NCE",
-        "One warm model, equal steps: `mini-plain` is NCE alone, `mini-full` has every term and a stage near the test.",
-        "mini-plain mini-full",
-    ),
-    "progressive": _recipes(
-        "Choosing the data, stage by stage",
-        "Balanced, then near the validation sets, then with mined negatives; beside it this model's recipe.",
-        "mini-progressive mini",
-    ),
-}
+    Raises:
+        ValueError: it is broken; names it.
+    """
+    if not checkpoint.untouched or checkpoint.shipped != "mini":
+        logger.warning("%s is left out: it is about the shipped mini.", path)
+        return []
+    try:
+        return [EARLIER[path.stem](path, content)]
+    except (KeyError, TypeError, AttributeError, IndexError, StopIteration) as error:
+        raise ValueError(f"{path} has not the form of its command's results ({error!r}); measure again.") from error

@@ -7,6 +7,7 @@ when the card is whole, marks become numbers and entries of the trace, and a num
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 from collections.abc import Sequence
@@ -48,15 +49,60 @@ class At:
         return At(self.file, (*self.path, step))
 
 
+def read_text(path: Path) -> str:
+    """A text file's content.
+
+    Raises:
+        ValueError: it is not UTF-8; names the file.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error}); save it again, or restore it.") from error
+
+
 def read_json(path: Path) -> Any:
     """A JSON file's content; of a ``.jsonl`` file the list of its lines."""
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     try:
         if path.suffix == ".jsonl":
             return [json.loads(line) for line in text.splitlines() if line.strip()]
         return json.loads(text)
     except ValueError as error:
         raise ValueError(f"{path} is no JSON file ({error}); measure again, or restore it.") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file's content, which must be an object.
+
+    Raises:
+        ValueError: it is something else; names the file.
+    """
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{path} holds a JSON {type(found).__name__}; an object is needed: restore it, or move it away."
+        )
+    return found
+
+
+def words_at(file: Path, content: Any, paths: Sequence[Sequence[Step]]) -> list[str]:
+    """Numbers that stand at places of a file: in a text, in a value, in a place's own name or, of none, the file's.
+
+    Raises:
+        ValueError: there is no such place.
+    """
+    said: list[Any] = []
+    for path in paths:
+        value = content
+        for step in path:
+            try:
+                value = value[step]
+            except (KeyError, IndexError, TypeError) as error:
+                raise ValueError(f"there is no {step!r} at {list(path)}") from error
+        said += [path[-1] if path else file.stem.replace("_", " ")]
+        said += [value] if isinstance(value, (str, int, float)) else []
+    return [found[0] for one in said if not isinstance(one, bool) for found in numbers_in(str(one))]
 
 
 def values_at(content: Any, path: Sequence[Step]) -> list[float]:
@@ -74,9 +120,14 @@ def values_at(content: Any, path: Sequence[Step]) -> list[float]:
         except (KeyError, IndexError, TypeError) as error:
             raise ValueError(f"there is no {step!r} at {list(path)}") from error
     found = content if isinstance(content, list) else [content]
-    if not found or any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in found):
+    if not found or not all(is_number(value) for value in found):
         raise ValueError(f"there is no number at {list(path)}, but {str(content)[:80]!r}")
     return [float(value) for value in found]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number; mteb writes NaN where a task has nothing to score."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def by_seed(content: Any, paths: Sequence[Sequence[Step]]) -> list[float]:
@@ -172,15 +223,35 @@ class Trace:
         more.pop("signed", None)
         return f"{mean} ±{self.number(*at, how='half range', digits=digits, minus=minus, **more)}"
 
-    def text(self, said: Any, at: At) -> str:
-        """A file's own words, or the name of a row, with marks for the numbers in it."""
+    def text(self, said: Any, *at: At) -> str:
+        """A file's own words, or the name of a row, with marks for the numbers in it.
+
+        Args:
+            said: the words.
+            at: where they stand, all in one file; the name of a row is that of its place.
+
+        Raises:
+            ValueError: a number that is not there; names the file.
+        """
         said = " ".join(str(said).split())
+        if said.count("`") % 2:
+            said = said.replace("`", "'")  # half a pair would make code of what follows
         parts, end = [], 0
         for found in numbers_in(said):
-            entry = {"file": at.file, "paths": [list(at.path)], "how": "text", "shown": found[0]}
+            entry = {"file": at[0].file, "paths": [list(one.path) for one in at], "how": "text", "shown": found[0]}
+            self._check_text(entry)
             parts += [said[end : found.start()], self._mark(entry)]
             end = found.end()
         return "".join([*parts, said[end:]]).replace("|", "\\|")
+
+    def _check_text(self, entry: Entry) -> None:
+        file = entry["file"]
+        try:
+            told = words_at(file, self.content(file), entry["paths"])
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}.") from error
+        if entry["shown"] not in told:
+            raise ValueError(f"{file}: there is no {entry['shown']} at {entry['paths']}, but {told}.")
 
     def _mark(self, entry: Entry) -> str:
         self.entries.append(entry)
@@ -202,5 +273,9 @@ class Trace:
                     f"The number {number[0]} of the card, at the end of {line!r}, comes from no file: take it out of "
                     "the template, or let the builder ask for it."
                 )
-        assert len(found) == len(used), f"{len(used) - len(found)} numbers stand where none are looked for"
+        if len(found) != len(used):
+            raise ValueError(
+                f"{len(used) - len(found)} numbers of the card stand in code or comments, where none are looked for: a "
+                "name or a note in the result files opens some with ` or <!--."
+            )
         return text, used

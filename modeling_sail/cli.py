@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command",
         required=True,
-        metavar="build|encode|search|train|mine|balance|behaviour|sid|evaluate|card|push|demo",
+        metavar="build|encode|index|search|train|mine|balance|behaviour|sid|evaluate|export|card|push|demo",
     )
 
     build = commands.add_parser("build", help="put a preset together as a folder in Hub format")
@@ -46,17 +46,34 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--seed", type=int, default=0, help="of new weights")
     build.set_defaults(run=_build)
 
-    encode = commands.add_parser("encode", help="embed a JSONL file or a folder of items into Parquet")
-    encode.add_argument("source", type=Path, metavar="ITEMS.jsonl|FOLDER")
+    encode = commands.add_parser("encode", help="embed items of any number into Parquet; a killed run goes on")
+    encode.add_argument("source", type=Path, metavar="ITEMS.jsonl|ITEMS.parquet|FOLDER")
     encode.add_argument("--model", type=Path, required=True)
-    encode.add_argument("--out", type=Path, required=True, metavar="X.parquet")
+    encode.add_argument("--out", required=True, metavar="X.parquet|FOLDER", help="one file, or a folder of shards")
     encode.add_argument("--task", default="q2i", help="task family of the instruction; 'none' for no instruction")
     encode.add_argument("--side", default="target", choices=("query", "target"))
     encode.add_argument("--dim", type=int, help="keep this many leading dimensions")
+    encode.add_argument("--device", help="as torch names it; cuda where there is one, else cpu")
+    encode.add_argument("--dtype", default="float32", help="of the model: float32 | bfloat16")
+    encode.add_argument("--token-budget", type=int, default=1024, metavar="TOKENS", help="of one pass of the model")
+    encode.add_argument("--shard-size", type=int, default=16_384, metavar="ITEMS", help="of one file")
+    encode.add_argument("--workers", type=int, help="processes that decode (0: none but this); with Ray, actors")
+    encode.add_argument("--engine", choices=("local", "ray"), default="local")
+    encode.add_argument("--address", help="of a Ray cluster; by default one is started here")
     encode.set_defaults(run=_encode)
 
-    search = commands.add_parser("search", help="nearest items of an encoded Parquet file")
-    search.add_argument("--index", type=Path, required=True, metavar="X.parquet")
+    index = commands.add_parser("index", help="encoded items as a folder to search fast; its recall is measured")
+    index.add_argument("embeddings", type=Path, metavar="X.parquet|FOLDER", help="what `sail encode` wrote")
+    index.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    index.add_argument("--kind", default="auto", help="auto (by size) | flat | ivf | ivf-pq | opq | hnsw")
+    index.add_argument("--recall", type=float, default=0.95, help="recall@10 that the search effort is raised for")
+    index.add_argument("--precision", default="float32", help="of the first pass: float32 | int8 | binary")
+    index.add_argument("--first-pass", type=int, metavar="DIMS", help="leading dimensions; measured by default")
+    index.add_argument("--seed", type=int, default=0)
+    index.set_defaults(run=_index)
+
+    search = commands.add_parser("search", help="nearest items of what `sail encode` or `sail index` wrote")
+    search.add_argument("--index", type=Path, required=True, metavar="X.parquet|FOLDER")
     search.add_argument("--model", type=Path, required=True)
     for field in ("text", "image", "audio", "video"):
         search.add_argument(f"--{field}", help="the query, or a part of it")
@@ -136,6 +153,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--device", help="as torch names it")
     evaluate.set_defaults(run=_evaluate)
 
+    export = commands.add_parser("export", help="the model's parts as ONNX, compared with it, for onnxruntime on a CPU")
+    export.add_argument("model", type=Path, metavar="MODEL", help="the model's folder")
+    export.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    export.add_argument("--parts", nargs="+", metavar="PART", help="of text vision audio fusion; all by default")
+    export.add_argument("--opset", type=int, default=18, help="of the ONNX operators, 18 to 23")
+    export.set_defaults(run=_export)
+
     card = commands.add_parser("card", help="write a model's card from its checkpoint, logs and result files")
     card.add_argument("model", type=Path, metavar="DIR", help="the model's folder; the card becomes its README.md")
     card.add_argument(
@@ -146,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of reports and mteb's results; of a shipped model its own",
     )
     card.add_argument("--out", type=Path, metavar="FILE.md", help="another place for the card")
-    card.add_argument("--name", help="of the model; the folder's, or the stage's, by default")
+    card.add_argument("--name", help="of the model; the folder's, or RUN/STAGE, by default")
     card.add_argument("--repo", metavar="USER/NAME", help="what the card's examples load; the folder by default")
     card.set_defaults(run=_card)
 
@@ -177,22 +201,40 @@ def _build(args: argparse.Namespace) -> None:
 
 
 def _encode(args: argparse.Namespace) -> None:
-    from .encode_job import encode_to_parquet, load_module
+    from .encode_job import Options, encode, encode_here
+    from .encode_output import Output
 
-    module = load_module(args.model)
-    instruction = module.processor.instruction_for(_task(args.task), args.side)
-    counts = encode_to_parquet(module, args.source, args.out, instruction=instruction, truncate_dim=args.dim)
-    print(f"{args.out}: {counts['ok']} ok, {counts['error']} error")
+    names = ("side", "dim", "dtype", "token_budget", "shard_size", "device", "workers")
+    options = Options(task=_task(args.task), **{name: getattr(args, name) for name in names})
+    if args.engine == "ray":
+        from .encode_ray import encode_on_ray
+
+        done = encode_on_ray(args.model, args.source, args.out, options, args.address)
+    else:
+        done = encode(args.model, args.source, Output(Path(args.out)), options, encode_here)
+    counts = f"{args.out}: {done['ok']} ok, {done['error']} error"
+    speed = done["new"] / done["seconds"] if done["seconds"] else 0.0
+    print(f"{counts}; {done['new']} items now, {speed:.1f}/s" if done["new"] else f"{counts}; it was finished already")
+
+
+def _index(args: argparse.Namespace) -> None:
+    from .index_build import build_index, summary
+
+    settings = {name: getattr(args, name) for name in ("kind", "recall", "precision", "first_pass", "seed")}
+    print(f"{args.out}: {summary(build_index(args.embeddings, args.out, **settings))}")
 
 
 def _search(args: argparse.Namespace) -> None:
     from .encode_job import load_module
-    from .index import load_index, search
+    from .fingerprints import model_hash
+    from .index import load_index, require_model, search
 
     query = {field: value for field in ("text", "image", "audio", "video") if (value := getattr(args, field))}
     if not query:
         raise ValueError("give a query: --text, --image, --audio or --video")
     index = load_index(args.index)
+    if index.manifest.get("model") and args.model.is_dir():
+        require_model(index, model_hash(args.model))
     module = load_module(args.model)
     instruction = module.processor.instruction_for(_task(args.task), "query")
     for place, (name, score) in enumerate(search(module, index, [query], instruction, args.top)[0], start=1):
@@ -269,7 +311,7 @@ def _sid(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from .evaluation.evaluate_job import evaluate, list_tasks, table
+    from .evaluation.evaluate_job import PAGE, evaluate, list_tasks, table
 
     if args.list:
         print(list_tasks())
@@ -279,9 +321,19 @@ def _evaluate(args: argparse.Namespace) -> None:
     settings = {name: getattr(args, name) for name in ("batch_size", "backend", "name", "device")}
     rows = evaluate(args.model, args.tasks, args.out, subsets=args.subset, **settings)
     print(table(rows))
-    print(args.out / "summary.json")
+    print(*(args.out / name for name in ("summary.json", PAGE) if (args.out / name).exists()), sep="\n")
     if failed := sorted({row["task"] for row in rows if row["status"] == "failed"}):
         raise RuntimeError(f"{len(failed)} of the tasks failed: {', '.join(failed)}")
+
+
+def _export(args: argparse.Namespace) -> None:
+    from .export_onnx import export_onnx
+
+    manifest = export_onnx(args.model, args.out, args.parts, args.opset)
+    size = sum(about["bytes"] for about in manifest["files"].values())
+    print(f"{args.out}: {len(manifest['graphs'])} graphs, {size / 1e6:.0f} MB")
+    if failed := manifest["not_exported"]:
+        raise RuntimeError(f"not exported: {', '.join(failed)}; the reasons are in {args.out / 'onnx_manifest.json'}")
 
 
 def _card(args: argparse.Namespace) -> None:

@@ -66,6 +66,14 @@ def content_of(trace: dict, folder: Path, file: str) -> Any:
     return [json.loads(line) for line in text.splitlines()] if file.endswith(".jsonl") else json.loads(text)
 
 
+def said_at(file: str, content: Any, path: list) -> list[str]:
+    """Numbers of the text at a place, and of the place's own name; of the whole file's, of its name alone."""
+    for step in path:
+        content = content[step]
+    name = path[-1] if path else Path(file).stem.replace("_", " ")
+    return words(str(name)) + (words(str(content)) if isinstance(content, (str, int, float)) else [])
+
+
 def faults(path: Path) -> list[str]:
     """What a card says that its files do not."""
     trace = json.loads(path.with_suffix(".trace.json").read_text(encoding="utf-8"))
@@ -78,18 +86,12 @@ def faults(path: Path) -> list[str]:
     for file, sha in trace["sources"].items():
         if hashlib.sha256((folder / file).read_bytes()).hexdigest() != sha:
             found.append(f"{file} is no longer the file that the card was made from")
-    told: dict[tuple, set[str]] = {}
     files = {entry["file"] for entry in [*trace["numbers"], *trace["metadata"]]}
     contents = {file: content_of(trace, folder, file) for file in files}
     for entry in [*trace["numbers"], *trace["metadata"]]:
         content = contents[entry["file"]]
         if entry["how"] == "text":
-            place = entry["file"], *entry["paths"][0]
-            if place not in told:
-                for step in entry["paths"][0]:
-                    content = content[step]
-                told[place] = set(words(re.sub(r'[":]', " ", json.dumps(content, ensure_ascii=False))))
-            same = entry["shown"] in told[place]
+            same = any(entry["shown"] in said_at(entry["file"], content, path) for path in entry["paths"])
         else:
             shown = float(entry["shown"].replace(",", ""))
             unit = 10 ** -entry["digits"] if entry["digits"] >= 0 else abs(shown) / 10
@@ -118,11 +120,20 @@ def test_the_card_of_mini_is_about_the_weights_that_ship() -> None:
 def test_every_report_about_mini_is_in_its_card_and_every_picture_lies_there() -> None:
     text = (CARDS / "mini.md").read_text(encoding="utf-8")
     listed = json.loads((CARDS / "mini.trace.json").read_text(encoding="utf-8"))["sources"]
-    for path in card_module.RESULTS.glob("*.json"):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        model = content.get("model") if "tables" in content else None
-        if "tables" in content and model is None or path.stem in results.EARLIER:
-            assert f"../evaluation/results/{path.name}" in listed, MADE_BY
+    weights = json.loads((CARDS / "mini.trace.json").read_text(encoding="utf-8"))["checkpoint"]["weights"]
+    for path in card_module.RESULTS.glob("*.json*"):
+        content = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else {}
+        if "tables" in content:
+            assert content["model"], f"{path.name} does not say what it is about"
+            mine = content["model"].get("preset") == "mini" or content["model"].get("hash") in {
+                one["sha256"] for one in weights.values()
+            }
+        else:
+            mine = path.stem in results.EARLIER
+            assert mine, f"no card knows what {path.name} is about"
+        assert (f"../evaluation/results/{path.name}" in listed) == mine, MADE_BY
+    for command in re.findall(r"^`(python -m [^`]*|sail [^`]*)`", text, re.MULTILINE):
+        assert re.fullmatch(r"[\w .;/-]+", command), f"nobody can run {command}"
     pictures = re.findall(r"!\[[^\]]*\]\((.+?)\)", text)
     assert pictures and all((CARDS / place).is_file() for place in pictures)
     assert {path.relative_to(CARDS).as_posix() for path in (CARDS / "figures" / "mini").iterdir()} == set(pictures)

@@ -25,7 +25,6 @@ HUB = sorted((ROOT / "modeling_sail").glob("*_sail.py"))
 # they may more.
 EVALUATION_MAY_READ_TRAINING = {
     "tuxpaint_retrieval.py",
-    "recipe_comparison.py",
     "loss.py",
     "cache.py",
     "mine.py",
@@ -37,6 +36,7 @@ EVALUATION_MAY_READ_TRAINING = {
     "reports.py",
     "feature_encoder.py",
     "comparison.py",
+    "kept_scores.py",
     "robustness.py",
 }
 HUB_NEEDS = {"av", "numpy", "PIL", "safetensors", "soundfile", "soxr", "torch", "transformers"}

@@ -9,13 +9,16 @@ import pyarrow as pa
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from modeling_sail.evaluation import similarity
 from modeling_sail.evaluation.item_to_item import (
     alignment,
     cluster_relevant,
     content_pairs_relevant,
     copair_targets,
     i2i_recall,
+    unit_vectors,
 )
+from modeling_sail.evaluation.metrics import kendall_tau, top_k_overlap
 from modeling_sail.training.recommendation.behaviour import Interactions, Items
 
 NUM_ITEMS, NUM_USERS = 10, 4
@@ -147,6 +150,22 @@ def test_pairs_that_lie_together_are_aligned_and_random_ones_are_as_chance() -> 
     assert found["nmi"] == pytest.approx(found["nmi_by_chance"], abs=0.1)
     assert found["kendall_tau"] == pytest.approx(0, abs=0.1)
     assert found["top_k_overlap"] == pytest.approx(0.1, abs=0.05)
+
+
+def test_alignment_ranks_all_items_by_either_side_without_a_matrix_of_all_pairs(monkeypatch) -> None:
+    """Beside the dense way: two (P, M) arrays of cosines, ranked by the metrics of their names."""
+    vectors = np.random.default_rng(4).normal(size=(200, 6)).astype(np.float32)
+    vectors[::7] = vectors[3]  # ties
+    vectors[190:] = 0
+    unit = unit_vectors(vectors).astype(np.float64)
+    pairs = np.stack([np.arange(180), np.roll(np.arange(180), 5)], axis=1)
+    dense = [(unit[side] @ unit[:190].T).round(9) for side in pairs.T]
+    rows = []
+    monkeypatch.setattr(similarity, "kendall_tau", lambda one, other: rows.append(len(one)) or kendall_tau(one, other))
+    found = alignment(vectors, pairs, clusters=4, k=10)
+    assert found["kendall_tau"] == pytest.approx(kendall_tau(*dense), abs=1e-6)
+    assert found["top_k_overlap"] == pytest.approx(top_k_overlap(*dense, 10), abs=1e-6)
+    assert sum(rows) == 180 and max(rows) < 100
 
 
 def test_an_item_in_both_groups_does_not_find_itself() -> None:

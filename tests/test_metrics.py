@@ -313,8 +313,8 @@ def test_separability_in_closed_form() -> None:
     found = separability([0.9, 0.9, 0.1, -0.3], [0.1, -0.3], bins=4)  # edges -1, -0.5, 0, 0.5, 1
     assert found.positive_mean == pytest.approx(0.4) and found.negative_mean == pytest.approx(-0.1)
     assert found.edges.tolist() == [-1, -0.5, 0, 0.5, 1]
-    assert found.positive_histogram.tolist() == [0, 0.25, 0.25, 0.5]
-    assert found.negative_histogram.tolist() == [0, 0.5, 0.5, 0]
+    assert found.positive_counts.tolist() == [0, 1, 1, 2]
+    assert found.negative_counts.tolist() == [0, 1, 1, 0]
     assert found.overlap == 0.5
     assert found.auc == pytest.approx((4 + 1 + 2 * 0.5) / 8)  # 0.9 beats all, 0.1 and -0.3 tie once, 0.1 beats -0.3
     assert separability([1.0000001, 1], [-1.0000001])[2:4] == (0, 1)
@@ -327,7 +327,8 @@ def test_separability_is_symmetric_and_a_constant_cosine_separates_nothing(some:
     found, back = (separability(scores[one], scores[~one]) for one in (labels, ~labels))
     assert found.overlap == pytest.approx(back.overlap) and 0 <= found.overlap <= 1 + 1e-12
     assert found.auc == pytest.approx(1 - back.auc) == pytest.approx(1 - roc_auc_score(~labels, scores))
-    assert found.positive_histogram.sum() == pytest.approx(1) and len(found.negative_histogram) == 50
+    counts = found.positive_counts, found.negative_counts
+    assert [side.sum() for side in counts] == [labels.sum(), (~labels).sum()] and len(found.negative_counts) == 50
     constant = separability(np.full(3, scores[0]), np.full(5, scores[0]))
     assert constant.overlap == 1 and constant.auc == 0.5
 

@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import torch
 from datasets import Dataset
-from modeling_sail.evaluation import evaluate_job, tasks
+from modeling_sail.evaluation import evaluate_job, revisions, tasks
 from modeling_sail.evaluation.item_embedder import ItemEmbedder, model_digest
 from modeling_sail.evaluation.mteb_encoder import SailEncoder, family_and_side, items_of, plain_encoder
 from modeling_sail.evaluation.mteb_tasks import as_mteb, dataset_of, metadata_of, run_task
@@ -265,6 +265,7 @@ def test_scores_through_mteb_are_those_of_the_task_itself(model, mixed, pairs) -
         expected = score(task.load()["default"], direct(model, task.family))
         found = evaluated(SailEncoder(model), task)
         assert found["main_score"] == found[task.main_score]
+        assert found["separability_histogram"] == expected.pop("separability_histogram")
         assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-6)
     assert found["left_out"] == 1  # the empty word
 
@@ -299,8 +300,8 @@ def test_each_side_gets_its_own_instruction(model, mixed, pairs, monkeypatch) ->
 
     monkeypatch.setattr(model, "encode", spy)
     evaluated(SailEncoder(model), mixed)
-    # The sequence's items and the queries beside it go as targets; the corpus shares those, and only two are left.
-    assert asked == [("i2i_target", 4), ("i2i_target", 2)]
+    # The sequence's items go as targets, which the corpus shares, and the queries beside it as queries.
+    assert asked == [("i2i_query", 4), ("i2i_target", 3), ("i2i_target", 3)]
     asked.clear()
     evaluated(SailEncoder(model), pairs)
     assert asked == [("q2i_query", 4), ("q2i_target", 4)]
@@ -454,16 +455,115 @@ def test_a_task_that_changed_is_run_again_and_another_model_stands_beside(
     model, texts_only, languages, tmp_path
 ) -> None:
     first = run_task(SailEncoder(model), languages, tmp_path)
-    changed = dataclasses.replace(languages, description="Asks something else.")
     seen = []
     encoder = SailEncoder(model)
     encoder.embedder.embed = lambda some, **given: seen.append(1) or (np.eye(len(some), 64, dtype=np.float32), [])
     again = run_task(encoder, languages, tmp_path)
     assert again["fr"]["separability_auc"] == pytest.approx(first["fr"]["separability_auc"], abs=1e-5) and not seen
-    run_task(encoder, changed, tmp_path)
-    assert seen
+    run_task(encoder, dataclasses.replace(languages, description="Says it otherwise."), tmp_path)
+    assert not seen
+    data = languages.load()
+    data["en"] = dataclasses.replace(data["en"], relevant={"d": frozenset({"e"})})
+    changed = run_task(encoder, dataclasses.replace(languages, load=lambda: data), tmp_path)
+    assert seen and changed["en"]["revision"] == changed["fr"]["revision"] != first["fr"]["revision"]
     run_task(SailEncoder(texts_only), languages, tmp_path)
     assert len(list(tmp_path.glob("results/*/*/TinyLanguages.json"))) == 2
+
+
+def test_a_picture_that_was_replaced_and_another_scoring_are_measured_anew(model, tmp_path, monkeypatch) -> None:
+    """The file that makes the data is the same, and so are all paths and ids."""
+    path = tmp_path / "a.png"
+    picture(1).save(path)
+    corpus = {"a": {"image": str(path)}, "b": {"text": "tea"}}
+    task = made(lambda: {"default": Retrieval({"q": {"text": "owl"}}, corpus, {"q": frozenset("a")})}, name="TinyFile")
+    revisions_seen = [run_task(SailEncoder(model), task, tmp_path)["default"]["revision"]]
+    picture(2).save(path)
+    found = run_task(SailEncoder(model), task, tmp_path)["default"]
+    fresh = run_task(SailEncoder(model), task)["default"]
+    assert found["separability_positive_mean"] == pytest.approx(fresh["separability_positive_mean"], abs=1e-5)
+    monkeypatch.setattr(revisions, "SCORING", revisions.SCORING + 1)
+    revisions_seen += [found["revision"], run_task(SailEncoder(model), task, tmp_path)["default"]["revision"]]
+    assert len(set(revisions_seen)) == 3
+    (written,) = tmp_path.rglob("TinyFile.json")
+    assert json.loads(written.read_text())["dataset_revision"] == revisions_seen[-1]
+
+
+def test_the_summary_forgets_what_was_measured_on_other_data(languages, tiny_folder, tmp_path, monkeypatch) -> None:
+    command = ["evaluate", "--model", str(tiny_folder), "--tasks", "TinyLanguages", "--out", str(tmp_path)]
+    assert main(command) == 0
+    data = languages.load()
+    data["fr"] = dataclasses.replace(data["fr"], queries={"d": {"text": "chouette"}})
+    monkeypatch.setitem(tasks.TASKS, "TinyLanguages", dataclasses.replace(languages, load=lambda: data))
+    assert main([*command, "--subset", "fr"]) == 0
+    rows = json.loads((tmp_path / "summary.json").read_text())
+    assert [row["subset"] for row in rows] == ["fr"], "the row of en is of data that are no more"
+    (written,) = tmp_path.rglob("TinyLanguages.json")
+    assert {one["hf_subset"] for one in json.loads(written.read_text())["scores"]["test"]} == {"fr"}
+    assert main(command) == 0
+    assert {row["subset"] for row in json.loads((tmp_path / "summary.json").read_text())} == {"en", "fr"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ("en", {"Named": ["en"], "Default": ["default"], "Both": ["en-fr"]}),
+        ("eng", {"Named": ["en"], "Default": ["default"], "Both": ["en-fr"]}),
+        ("eng-Latn", {"Named": ["en"], "Default": ["default"], "Both": ["en-fr"]}),
+        ("ENG-LATN", {"Named": ["en"], "Default": ["default"], "Both": ["en-fr"]}),
+        ("fra", {"Named": ["fr"], "Both": ["fr"]}),
+        ("en-fr", {"Named": ["en-fr"], "Both": ["en-fr"]}),
+        ("default", {"Default": ["default"], "Chinese": ["default"], "Italian": ["default"]}),
+        ("zh", {"Chinese": ["default"]}),
+        ("zho", {"Chinese": ["default"]}),
+        ("ita", {"Italian": ["default"]}),
+        ("ita-Latn", {"Italian": ["default"]}),
+    ],
+)
+def test_a_language_is_one_whether_of_two_letters_three_or_with_its_script(asked, found) -> None:
+    both = ["eng-Latn", "fra-Latn"]
+    there = {
+        "Named": {"en": both[:1], "fr": both[1:], "en-fr": both},
+        "Default": {"default": both[:1]},
+        "Both": {"fr": both[1:], "en-fr": both},
+        "Chinese": {"default": ["zho-Hans"]},
+        "Italian": {"default": ["ita-Latn"]},
+    }
+    some = [made(dict, name=name, languages=languages) for name, languages in there.items()]
+    assert {task.name: names for task, names in evaluate_job._chosen_subsets(some, [asked])} == found
+
+
+@pytest.mark.parametrize("asked", ["it", "zho-Hant", "english", "", "e", "en-"])
+def test_a_language_that_no_task_has_is_answered_with_those_there_are(asked) -> None:
+    some = [made(dict, languages={"en": ["eng-Latn"], "zh": ["zho-Hans"]}), made(dict)]
+    with pytest.raises(ValueError, match=r"there are default \(eng-Latn\), en \(eng-Latn\), zh \(zho-Hans\)"):
+        evaluate_job._chosen_subsets(some, ["en", asked])
+
+
+def test_the_histograms_of_a_folder_are_one_page(languages, tiny_folder, tmp_path, capsys) -> None:
+    command = ["evaluate", "--model", str(tiny_folder), "--tasks", "TinyLanguages", "--out", str(tmp_path)]
+    assert main(command) == 0
+    page = tmp_path / "separability.html"
+    assert str(page) in capsys.readouterr().out
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<svg") == 2 and "TinyLanguages fr: AUC" in text and "TinyLanguages en: AUC" in text
+    (written,) = tmp_path.rglob("TinyLanguages.json")
+    (tmp_path / "results" / "cut" / "off").mkdir(parents=True)
+    (tmp_path / "results" / "cut" / "off" / "A.json").write_text("{")
+    assert main(command) == 0 and page.read_text(encoding="utf-8") == text
+    one = json.loads(written.read_text())["scores"]["test"][0]["separability_histogram"]
+    assert sum(one["positive"]) == 1 and len(one["edges"]) == 51 and all(type(n) is int for n in one["positive"])
+
+
+def test_the_plain_backend_says_at_once_that_sounds_need_torchaudio(
+    languages, tiny_folder, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchaudio", None)
+    monkeypatch.setattr(SentenceTransformer, "encode", lambda *args, **given: pytest.fail("asked before it was told"))
+    words = ["--model", str(tiny_folder), "--tasks", "TinyLanguages", "--out", str(tmp_path), "--backend", "plain"]
+    assert main(["evaluate", *words]) == 2
+    printed = capsys.readouterr()
+    assert "failed: --backend plain reads sounds by torchaudio" in printed.out and "leave --backend out" in printed.out
+    assert "Traceback" not in printed.err
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, IndexError])
@@ -522,12 +622,14 @@ def test_mistakes_are_one_line(languages, tiny_folder, tmp_path, capsys) -> None
         ({"--tasks": "TinyLanguage"}, "TinyLanguages"),
         ({"--model": str(tmp_path / "empty")}, "sail build"),
         ({"--model": "no-such-folder"}, "no folder"),
+        ({"--model": f"{tiny_folder}x"}, f"there are {tiny_folder.name}."),
         ({"--model": None}, "--model needed"),
         ({"--tasks": None}, "--tasks needed"),
         ({"--out": str(tmp_path / "file")}, "cannot be written"),
         ({"--out": str(tmp_path / "other")}, "no summary"),
-        ({"--subset": "ru"}, "en, fr"),
-        ({"--batch-size": "0"}, "at least 1"),
+        ({"--subset": "ru"}, "subset or language ru; there are en (eng-Latn), fr (fra-Latn)."),
+        ({"--batch-size": "0"}, "sail evaluate: --batch-size 0: a batch has 1 item at least"),
+        ({"--batch-size": "-3"}, "--batch-size -3"),
     ]
     for change, expected in mistakes:
         words = [word for name, value in (good | change).items() if value is not None for word in (name, value)]

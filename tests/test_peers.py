@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import FrozenInstanceError
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from modeling_sail.evaluation.comparison import COMPARISONS, Run, readable, scores_of, slug, tables
+from modeling_sail.evaluation import comparison
+from modeling_sail.evaluation.comparison import COMPARISONS, Run, readable, slug, tables
 from modeling_sail.evaluation.feature_encoder import by_parts, kept, media_of, said
+from modeling_sail.evaluation.reports import read_report
 from modeling_sail.evaluation.tasks import find_tasks
-from modeling_sail.evaluation.tasks.task import Pairs, Retrieval, Task
+from modeling_sail.evaluation.tasks.task import Pairs, Retrieval
 from modeling_sail.training.build import build_tiny, load_built, save
 from modeling_sail.training.peers import bag_of_tokens, dual_tower, other_attention, pass_through, without_audio
 from modeling_sail.training.recipe import load_recipe
@@ -199,33 +204,120 @@ def test_media_of_tasks_are_named_once_those_of_sequences_too() -> None:
     assert (source.images, source.sounds) == (["a", "b", "c"], ["s"])
 
 
-def toy_task() -> Task:
-    corpus = {name: {"text": name} for name in "abc"}
-    data = Retrieval({"q": {"text": "a"}}, corpus, {"q": frozenset("a")})
-    fields = {"group": "g", "description": "d", "source": "s", "licence": "mit", "date": ("2026-01-01", "2026-01-02")}
-    sides = {"query_modalities": ["text"], "target_modalities": ["text"], "languages": {"default": ["eng-Latn"]}}
-    return Task(name="Toy", family="i2i", main_score="recall_at_1", load=lambda: {"default": data}, **fields, **sides)
+def scores(value: float, count: int = 1) -> dict:
+    """Of `TuxPaintNameToItem`, one subset."""
+    histogram = {"edges": [-1.0, 0.0, 1.0], "positive": [0, count], "negative": [count, count]}
+    return {"TuxPaintNameToItem": {"en": {"recall_at_10": value, "separability_histogram": histogram}}}
 
 
-def test_scores_are_kept_and_only_new_tasks_are_scored(tmp_path) -> None:
-    task, asked = toy_task(), []
+def test_a_run_says_all_that_its_training_is_made_of(tmp_path, monkeypatch) -> None:
+    asked = []
 
-    def encoder_for(one):
-        asked.append(one.name)
-        return lambda items, side: np.stack([np.eye(3)["abc".index(item["text"])] for item in items])
+    def loaded(name, overrides):
+        asked.append((name, overrides))
+        return SimpleNamespace(stages={"near": None, "refined": None})
 
-    data = {"Toy": task.load()}
-    first = scores_of([task], data, encoder_for, tmp_path / "scores.json")
-    again = scores_of([task], data, encoder_for, tmp_path / "scores.json")
-    assert first == again and asked == ["Toy"]
-    assert first["Toy"]["default"]["recall_at_1"] == 1.0
-    made = tables({"ours": [first, first]}, [task], [0, 1])
-    assert made["i2i"]["rows"]["Toy"]["ours"] == [1.0, 1.0]
+    monkeypatch.setattr(comparison, "make_start", lambda start, work: work / start)
+    monkeypatch.setattr(comparison, "load_recipe", loaded)
+    monkeypatch.setattr(comparison, "run_recipe", lambda recipe: None)
+    run = Run("dual", "mini", ("stages.all.steps=3",))
+    folders = comparison.trained(run, tmp_path, tmp_path / "out", 7)
+    places = [f"model={tmp_path / 'dual'}", f"output={tmp_path / 'out'}", f"defaults.feature_cache={tmp_path}"]
+    assert asked == [("mini", [*places, "seed=7", "stages.all.steps=3"])]
+    assert folders == {stage: tmp_path / "out" / stage / "model" for stage in ("near", "refined")}
+    with pytest.raises(FrozenInstanceError):
+        run.recipe = "other"
+    assert run.instructed and not run.overrides == Run("dual", "mini").overrides == ()
 
 
-def test_a_run_is_data() -> None:
-    assert Run("warm", "mini") == Run("warm", "mini", (), True)
+def test_the_default_model_reads_all_in_one_sequence_both_ways() -> None:
     assert SailEmbeddingConfig().fusion == "joint" and SailEmbeddingConfig().causal is False
+
+
+@pytest.fixture
+def staged(monkeypatch):
+    """Trainings of two stages, whose scores are the seed, or the seed and a half at the last stage."""
+    stages = {"mini-progressive": ["near", "refined"], "mini": ["all"]}
+    monkeypatch.setattr(comparison, "make_start", lambda start, work: work / start)
+    monkeypatch.setattr(
+        comparison,
+        "trained",
+        lambda run, work, output, seed: {stage: output / stage / "model" for stage in stages[run.recipe]},
+    )
+    seen = []
+
+    def scored(folder, run, tasks, data, work, path):
+        seen.append(path)
+        seed = folder.parts[-3] if folder.name == "model" else "9"
+        return scores(float(seed) + (0.5 if "refined" in folder.parts else 0.0))
+
+    monkeypatch.setattr(comparison, "model_scores", scored)
+    monkeypatch.setattr(comparison, "find_tasks", lambda names: [SimpleNamespace(**FAKE)])
+    return seen
+
+
+FAKE = {
+    "name": "TuxPaintNameToItem",
+    "load": dict,
+    "query_modalities": ["text"],
+    "target_modalities": ["image"],
+    "main_score": "recall_at_10",
+    "family": "q2i",
+    "group": "retrieval",
+}
+
+
+def test_recipes_stand_beside_each_other_stage_by_stage(staged, tmp_path, capsys) -> None:
+    out = tmp_path / "progressive.json"
+    words = ["recipes", "mini-progressive", "mini", "--seeds", "0", "1", "--set", "a=1 2"]
+    comparison.main([*words, "--work", str(tmp_path), "--out", str(out)])
+    made = read_report(out)
+    assert made["tables"]["recipes"]["rows"]["TuxPaintNameToItem (en)"] == {
+        "before": [9.0],
+        "mini-progressive: near": [0.0, 1.0],
+        "mini-progressive: refined": [0.5, 1.5],
+        "mini": [0.0, 1.0],
+    }
+    assert made["command"].endswith("comparison recipes mini-progressive mini --seeds 0 1 --set 'a=1 2'")
+    folder = tmp_path / "comparison"
+    assert staged[:3] == [
+        folder / "before" / "scores.json",
+        folder / "mini-progressive" / "0" / "near" / "scores.json",
+        folder / "mini-progressive" / "0" / "refined" / "scores.json",
+    ]
+    assert staged[3] == folder / "mini" / "0" / "scores.json"
+    assert "mini-progressive: refined" in capsys.readouterr().out
+
+
+def test_a_comparison_has_the_last_stage_alone_and_pools_the_histograms_of_its_seeds(staged, tmp_path) -> None:
+    columns = {"SAIL": Run("warm", "mini-progressive")}
+    found = comparison.compare(columns, [1, 2], [SimpleNamespace(**FAKE)], {}, tmp_path, tmp_path)
+    assert [one["TuxPaintNameToItem"]["en"]["recall_at_10"] for one in found["SAIL"]] == [1.5, 2.5]
+    found["SAIL"][1] = scores(2.5, count=4)
+    made = comparison.histograms(found, [SimpleNamespace(**FAKE)])
+    assert made == {
+        "TuxPaintNameToItem (en)": {"SAIL": {"edges": [-1.0, 0.0, 1.0], "positive": [0, 5], "negative": [5, 5]}}
+    }
+    assert tables(found, [SimpleNamespace(**FAKE)], [1, 2])["q2i"]["rows"]["TuxPaintNameToItem (en)"]["SAIL"] == [
+        1.5,
+        2.5,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["recipes"], "recipes mini-plain mini-full"),
+        (["peers", "mini"], "takes names of recipes"),
+        (["ladder", "--set", "a=1"], "and --set"),
+        (["peers", "--columns", "SAIL"], "there is no column 'SAIL'; there are 'dual tower'"),
+        (["peer"], "invalid choice"),
+    ],
+)
+def test_a_comparison_that_cannot_be_is_refused_before_any_work(words, said, capsys) -> None:
+    with pytest.raises(SystemExit):
+        comparison.main(words)
+    assert said in capsys.readouterr().err
 
 
 def test_a_cell_is_left_out_where_a_column_reads_nothing_of_a_side() -> None:

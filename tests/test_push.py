@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from modeling_sail.model_cards.push import plan_push, push
 from modeling_sail.cli import main
 
 from .conftest import picture
+from .test_cards import FORMS, other_form
 
 REPO = "someone/tiny"
 
@@ -29,7 +31,7 @@ REPO = "someone/tiny"
 def with_card(tiny_folder, tmp_path_factory) -> Path:
     """The tiny preset with its card."""
     folder = Path(shutil.copytree(tiny_folder, tmp_path_factory.mktemp("push") / "tiny"))
-    make_card(folder, [])
+    make_card(folder, [], repo=REPO)
     return folder
 
 
@@ -114,8 +116,8 @@ def test_a_dry_run_sends_nothing(folder) -> None:
 @pytest.mark.parametrize(
     ("gone", "said"),
     [
-        ("config.json", "config.json is missing (`sail build`"),
-        ("README.md", "README.md is missing (`sail card"),
+        ("config.json", "(no config.json): `sail build"),
+        ("README.md", "README.md is missing (`sail card {folder} --repo someone/tiny` writes it"),
         ("model.safetensors", "model.safetensors is missing (`sail build`"),
         ("items_sail.py", "items_sail.py is missing (code that the model needs"),
         ("sentence_transformer_sail.py", "sentence_transformer_sail.py is missing (code"),
@@ -126,7 +128,57 @@ def test_a_folder_that_lacks_something_is_refused_in_one_line(folder, capsys, go
     (folder / gone).unlink()
     assert main(["push", str(folder), "--repo", REPO, "--dry-run"]) == 2
     error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1
+    assert said.format(folder=folder) in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("modules.json", b'{"a": 1}', "modules.json is no list of modules"),
+        ("modules.json", b'[{"type": 3}]', "modules.json: type is"),
+        ("modules.json", b'["x"]', "modules.json is no list of modules"),
+        ("config.json", b"[]", "config.json holds a JSON list"),
+        ("config.json", b'{"auto_map": ["a.B"]}', "config.json: auto_map is ['a.B']"),
+        ("config.json", b'{"auto_map": {"AutoConfig": 1}}', "config.json: auto_map is"),
+        ("config.json", b"\xff\xfe", "config.json is no UTF-8 text"),
+        ("processor_config.json", b"3", "processor_config.json holds a JSON int"),
+        ("README.md", b"\xff", "README.md is no UTF-8 text"),
+        ("modeling_sail.py", b"\xff", "modeling_sail.py is no UTF-8 text"),
+        ("model.safetensors.index.json", b'{"weight_map": []}', "weight_map is []"),
+        ("model.safetensors.index.json", b"[]", "index.json holds a JSON list"),
+    ],
+)
+def test_what_is_broken_is_one_line_that_names_the_file(folder, capsys, name, content, said) -> None:
+    (folder / name).write_bytes(content)
+    assert main(["push", str(folder), "--repo", REPO, "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert said in error and name in error and error.count("\n") == 1
+
+
+def test_a_card_whose_examples_load_another_place_is_refused_with_the_command_that_mends_it(folder, capsys) -> None:
+    place = Path(shutil.move(folder, folder.parent / "my folder"))
+    make_card(place, [])
+    assert main(["push", str(place), "--repo", REPO, "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    command = f"sail card '{place}' --repo {REPO}"
+    assert f"load 'my folder', not '{REPO}'" in error and command in error and error.count("\n") == 1
+    assert main(shlex.split(command)[1:]) == 0
+    assert main(["push", str(place), "--repo", REPO, "--dry-run"]) == 0
+    card = (place / "README.md").read_text(encoding="utf-8")
+    (place / "README.md").write_text(card.replace(f'("{REPO}"', "('build/mini'", 1), encoding="utf-8")
+    with pytest.raises(ValueError, match="load 'build/mini', not"):
+        plan_push(place, REPO)
+
+
+def test_a_picture_goes_up_if_the_card_shows_it(folder) -> None:
+    (folder / "figures" / "old").mkdir(parents=True)
+    for name in ("old/a", "old/b"):
+        (folder / "figures" / f"{name}.svg").write_text("<svg/>", encoding="utf-8")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    (folder / "README.md").write_text(f"{card}\n![a](figures/old/a.svg)\n", encoding="utf-8")
+    plan = plan_push(folder, REPO)
+    assert [file.name for file in plan.files if file.name.endswith(".svg")] == ["figures/old/a.svg"]
+    assert ("figures/old/b.svg", "a picture that the card does not show") in plan.left_out
 
 
 def test_a_missing_shard_is_told(folder) -> None:
@@ -175,8 +227,10 @@ def test_a_folder_of_this_machine_and_older_code_are_pointed_out(folder) -> None
 
 @pytest.mark.parametrize("repo", ["tiny", "a/b/c", "some one/tiny"])
 def test_a_repository_needs_a_user_and_a_name(folder, repo, capsys) -> None:
-    assert main(["push", str(folder), "--repo", repo, "--dry-run"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    for command in (["push", "--dry-run"], ["card"]):
+        assert main([command[0], str(folder), *command[1:], "--repo", repo]) == 2
+        error = capsys.readouterr().err
+        assert f"--repo is {repo!r}; USER/NAME is needed" in error and error.count("\n") == 1
 
 
 # --- the card's examples ----------------------------------------------------------------------------------------------
@@ -190,7 +244,9 @@ def test_the_command_writes_the_card_in_both_places_with_pictures_and_trace(fold
     assert out.with_suffix(".trace.json").is_file() and f'from_pretrained("{REPO}"' in out.read_text(encoding="utf-8")
 
 
-def test_every_example_of_the_card_runs(folder, monkeypatch) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_every_example_of_the_card_runs(tiny_folder, tmp_path, monkeypatch, form) -> None:
+    folder = other_form(tiny_folder, tmp_path / "my 2 models", form)
     text = build_card(folder, [], repo=str(folder)).text
     examples = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     assert len(examples) == 3
@@ -202,6 +258,7 @@ def test_every_example_of_the_card_runs(folder, monkeypatch) -> None:
     given: list[dict[str, Any]] = [{} for _ in examples]
     for example, names in zip(examples, given, strict=True):
         exec(compile(example, "an example of the card", "exec"), names)
-    assert given[0]["model"].similarity(given[0]["query"], given[0]["items"]).shape == (1, 3)
+    assert given[0]["model"].similarity(given[0]["query"], given[0]["items"]).shape == (1, len(given[0]["items"]))
+    assert len(given[0]["items"]) == (3 if "audio_config" not in FORMS[form] else 2)
     assert torch.isfinite(given[1]["unit"]).all() and given[1]["unit"].shape[0] == 2
     assert given[2]["results"].task_results[0].get_score() == 1.0  # both are among the first ten

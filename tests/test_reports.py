@@ -20,6 +20,7 @@ from modeling_sail.evaluation.reports import (
     report,
     spread,
     table,
+    write_histograms,
     write_report,
 )
 
@@ -73,6 +74,15 @@ BROKEN = {
     "a mean in place of seeds": (
         lambda one: one["tables"]["q2i"]["rows"]["seek"].update(ours=0.5),
         "tables.q2i: 'seek', 'ours' holds 0.5",
+    ),
+    "histograms of something else": (lambda one: one.update(histograms=[1]), "histograms are no rows"),
+    "a histogram without edges": (
+        lambda one: one.update(histograms={"a": {"b": {"positive": [1], "negative": [1]}}}),
+        "KeyError: 'edges'",
+    ),
+    "a histogram whose bins do not fit": (
+        lambda one: one.update(histograms={"a": {"b": {"edges": [0, 1], "positive": [1, 2], "negative": [1]}}}),
+        "histograms, a, b: 2 edges, bins [2, 1]",
     ),
     "no title": (lambda one: one["tables"]["q2i"].pop("title"), "tables.q2i: title must be of the type str"),
 }
@@ -188,3 +198,44 @@ def test_whiskers_reach_the_extremes_and_one_seed_has_none() -> None:
     assert [float(whiskers[0].get(end)) for end in ("y1", "y2")] == pytest.approx(expected, abs=0.06)
     with pytest.raises(ValueError, match="no value"):
         bar_chart({"title": "t", "unit": "", "columns": [], "rows": {}})
+
+
+# --- histograms -------------------------------------------------------------------------------------------------------
+
+BINS = {"edges": [-1.0, -0.5, 0.0, 0.5, 1.0], "positive": [0, 0, 1, 3], "negative": [6, 2, 0, 0]}
+
+
+def test_positives_go_up_and_negatives_down_by_their_share() -> None:
+    svg = charts.histogram_chart("same <name>", BINS)
+    zero, scale = charts.TOP + charts.SIDE, charts.SIDE / 0.75
+    bars = {color: [] for color in charts.MIRRORED.values()}
+    for one in elements(svg, "rect"):
+        if one.get("width") == str(charts.BIN):
+            bars[one.get("fill")].append(tuple(float(one.get(name)) for name in ("x", "y", "height")))
+    up, down = bars.values()
+    assert [x for x, _, _ in up] == [charts.LEFT + 2 * charts.BIN, charts.LEFT + 3 * charts.BIN]
+    assert [height for _, _, height in up] == pytest.approx([0.25 * scale, 0.75 * scale], abs=0.06)
+    assert all(y + height == pytest.approx(zero, abs=0.11) for _, y, height in up)
+    assert [height for _, _, height in down] == pytest.approx([0.75 * scale, 0.25 * scale], abs=0.06)
+    assert all(y == pytest.approx(zero) for _, y, _ in down)
+    said = [one.text for one in elements(svg, "text")]
+    assert "same <name>" in said and {"positives", "random negatives", "-1", "0", "1"} <= set(said)
+
+
+@pytest.mark.parametrize(
+    "change", [{"positive": [0, 0, 0, 0]}, {"negative": [1]}, {"edges": [0.0]}], ids=["nothing", "few", "edges"]
+)
+def test_a_histogram_that_cannot_be_drawn_is_refused(change) -> None:
+    with pytest.raises(ValueError, match="one less than edges, with a count"):
+        charts.histogram_chart("t", BINS | change)
+
+
+def test_histograms_are_added_and_come_back_with_the_report_and_as_a_page(tmp_path) -> None:
+    both = reports.pooled([BINS, BINS])
+    assert both == {"edges": BINS["edges"], "positive": [0, 0, 2, 6], "negative": [12, 4, 0, 0]}
+    found = {"a <task>": {"ours": both, "peer": BINS}}
+    made = write_report(tmp_path / "a.json", "Peers.", "python -m x", {"q2i": example()}, histograms=found)
+    assert read_report(tmp_path / "a.json") == made and made["histograms"] == found
+    assert "histograms" not in report("Peers.", "python -m x", {"q2i": example()})
+    text = write_histograms(tmp_path / "page.html", "Peers & co", found).read_text(encoding="utf-8")
+    assert text.count("<svg") == 2 and "<h2>a &lt;task&gt;</h2>" in text and "Peers &amp; co" in text

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from modeling_sail.evaluation.robustness import (
     answered_by,
+    both_ways,
     by_subset,
     bytes_per_item,
     coarse,
-    item_to_name,
-    name_to_item,
     query_seconds,
     reduced,
     robustness_tables,
@@ -27,6 +26,22 @@ ITEMS = {
 NAMES = {"one": "0", "two": "2", "three": "4"}
 
 
+def rows(names: dict[str, str]) -> list[dict]:
+    """The items as rows of Tux Paint that bear these names."""
+    return [
+        {
+            "id": one,
+            "image": item["image"],
+            "speech": {"fr": item["audio"]},
+            "names": {"es": item["title"], "en": names[one]},
+        }
+        for one, item in ITEMS.items()
+    ]
+
+
+TOWARDS, BACK = both_ways(rows(NAMES))
+
+
 def encode(items, side):
     """Each field's axis, doubled for speech: what an item is near to is known."""
     vectors = np.zeros((len(items), 8), dtype=np.float32)
@@ -37,7 +52,7 @@ def encode(items, side):
 
 
 def test_recall_with_a_subset_is_that_of_the_parts_that_are_left() -> None:
-    rows = by_subset(name_to_item(ITEMS, NAMES), "target", encode)
+    rows = by_subset(TOWARDS, "target", encode)
     assert len(rows) == 7
     assert rows["vision"]["Recall@1"] == [pytest.approx(2 / 3)]  # names 0 and 4 are in pictures
     assert rows["audio"]["Recall@1"] == [pytest.approx(1 / 3)]  # name 2 is said
@@ -46,22 +61,21 @@ def test_recall_with_a_subset_is_that_of_the_parts_that_are_left() -> None:
 
 
 def test_the_other_side_stays_whole() -> None:
-    data = item_to_name(ITEMS, NAMES)
-    less = reduced(data, "query", ("text",))
-    assert less.queries["one"] == {"title": "7"} and less.corpus == data.corpus
-    less = reduced(name_to_item(ITEMS, NAMES), "target", ("vision", "audio"))
-    assert less.corpus["one"] == {"image": "0", "audio": "1"} and set(less.queries) == {"0", "2", "4"}
+    assert TOWARDS.corpus == BACK.queries == ITEMS
+    less = reduced(BACK, "query", ("text",))
+    assert less.queries["one"] == {"title": "7"} and less.corpus == BACK.corpus
+    less = reduced(TOWARDS, "target", ("vision", "audio"))
+    assert less.corpus["one"] == {"image": "0", "audio": "1"} and less.queries == TOWARDS.queries == BACK.corpus
 
 
 def test_items_of_one_name_answer_the_same_query() -> None:
-    data = name_to_item(ITEMS, {"one": "Cat", "two": "cat", "three": "dog"})
+    data, back = both_ways(rows({"one": "Cat", "two": "cat", "three": "dog"}))
     assert set(map(frozenset, data.relevant.values())) == {frozenset({"one", "two"}), frozenset({"three"})}
-    back = item_to_name(ITEMS, {"one": "Cat", "two": "cat", "three": "dog"})
     assert back.relevant["one"] == back.relevant["two"] and len(back.corpus) == 2
 
 
 def test_an_answer_came_from_the_modality_that_holds_it() -> None:
-    rows = answered_by(name_to_item(ITEMS, NAMES), encode, k=1)
+    rows = answered_by(TOWARDS, encode, k=1)
     assert rows["vision"]["nearest to the query"] == [pytest.approx(2 / 3)]  # a tie of picture and title goes to vision
     assert rows["audio"]["nearest to the query"] == [pytest.approx(1 / 3)]
     assert rows["text"]["found with it alone"] == [pytest.approx(1 / 3)]
@@ -90,8 +104,8 @@ def test_a_query_is_timed_at_each_precision(monkeypatch) -> None:
 
 
 def test_without_a_right_answer_nothing_came_from_anywhere() -> None:
-    wrong = {"0": frozenset({"two"}), "2": frozenset({"three"}), "4": frozenset({"one"})}
-    data = Retrieval(name_to_item(ITEMS, NAMES).queries, ITEMS, wrong)
+    wrong = {f"name/{name}": frozenset({item}) for name, item in (("0", "two"), ("2", "three"), ("4", "one"))}
+    data = Retrieval(TOWARDS.queries, ITEMS, wrong)
     assert answered_by(data, encode, k=1) == {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from modeling_sail.evaluation.tasks.task import (
     KS,
+    SCORING,
     Item,
     Pairs,
     Retrieval,
@@ -23,7 +25,8 @@ from modeling_sail.evaluation.tasks.task import (
 )
 
 SEEDS = st.integers(0, 10_000)
-APART = {"separability_positive_mean", "separability_negative_mean", "separability_overlap", "separability_auc"}
+APART = {f"separability_{name}" for name in ("positive_mean", "negative_mean", "overlap", "auc", "histogram")}
+GOLDEN = [0.347222, 0.147628, 0.110417, 0.611111, 0.458333, 1.0]  # of the vectors below, by `score`
 
 
 def encode(items: Sequence[Item], side: str) -> np.ndarray:
@@ -57,7 +60,8 @@ def test_retrieval_in_closed_form() -> None:
     queries, corpus = named(np.eye(3)[:2]), named([[2, 0, 0], [0, 3, 0], [1, 0, 0], [0, 0, 1]], "t")
     data = Retrieval(queries, corpus, {"0": frozenset({"t0"}), "1": frozenset({"t1"})}, {"0": frozenset({"t2"})})
     found = score(data, encode)
-    assert set(found) == {f"{name}_at_{k}" for name in ("recall", "ndcg", "mrr") for k in KS} | APART
+    assert set(found) == {f"{name}_at_{k}" for name in ("recall", "ndcg", "mrr") for k in KS} | APART | {"left_out"}
+    assert found["left_out"] == 0
     assert all(found[f"{name}_at_{k}"] == 1 for name in ("recall", "ndcg", "mrr") for k in KS)
     assert [found[f"separability_{name}"] for name in ("positive_mean", "negative_mean", "overlap", "auc")] == [
         1,
@@ -117,10 +121,18 @@ def test_at_most_ten_positives_of_a_query_are_drawn() -> None:
 @settings(deadline=None, max_examples=60)
 def test_scores_of_any_small_corpus_are_within_bounds_and_left_out_where_nothing_is(data: Retrieval, seed: int) -> None:
     found = score(data, encode, seed=seed)
-    left = any(set(data.corpus) - data.relevant[name] - data.excluded[name] for name in data.queries)
-    assert (set(found) & APART == APART) if left else not set(found) & APART
-    bounds = {name: -1 if name.endswith("mean") else 0 for name in found}
-    assert all(bounds[name] - 1e-6 <= value <= 1 + 1e-6 for name, value in found.items())
+    there = {name for side in (data.queries, data.corpus) for name, item in side.items() if any(item["vector"])}
+    zeros = [item for side in (data.queries, data.corpus) for item in side.values() if not any(item["vector"])]
+    assert found["left_out"] == len(zeros)
+    asked = [name for name in data.queries if name in there]
+    left = any(set(data.corpus) - data.relevant[name] - data.excluded[name] for name in asked)
+    assert set(found) & APART in (set(), APART)
+    if not left or not any(data.relevant[name] & there for name in asked):
+        assert not set(found) & APART
+    elif not zeros:
+        assert set(found) & APART == APART
+    bounds = {name: -1 if name.endswith("mean") else 0 for name in set(found) - {"left_out", "separability_histogram"}}
+    assert all(low - 1e-6 <= found[name] <= 1 + 1e-6 for name, low in bounds.items())
     assert all(found[f"recall_at_{low}"] <= found[f"recall_at_{high}"] for low, high in zip(KS, KS[1:], strict=False))
     assert found == score(data, encode, seed=seed)
     reverse = Retrieval(
@@ -130,6 +142,56 @@ def test_scores_of_any_small_corpus_are_within_bounds_and_left_out_where_nothing
     assert {name: again[name] for name in found if name not in APART} == pytest.approx(
         {name: found[name] for name in found if name not in APART}
     )
+
+
+def test_the_histogram_counts_the_cosines_that_separability_is_of() -> None:
+    corpus = named([[1, 0], [0.6, 0.8], [0, 1], [-1, 0]], "t")
+    data = Retrieval({"q": {"vector": (1.0, 0.0)}}, corpus, {"q": frozenset({"t0", "t1"})}, {"q": frozenset({"t3"})})
+    found = score(data, encode)["separability_histogram"]
+    assert set(found) == {"edges", "positive", "negative"} and all(type(side) is list for side in found.values())
+    assert found["edges"][0] == -1 and found["edges"][-1] == 1 and len(found["edges"]) == 51
+    assert [place for place, count in enumerate(found["positive"]) if count] == [40, 49]  # 0.6 and 1
+    assert found["negative"][25] == sum(found["negative"]) == 2 and found["edges"][25] == 0  # t2, twice
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_what_cannot_be_embedded_separates_nothing_and_is_counted() -> None:
+    """Of three candidates of each query one is zero: a cosine of 0 would lie between the right and the wrong ones."""
+    corpus = named([[1, 0], [0, 0], [-1, 0], [0, 0]], "t")
+    queries = named([[1, 0], [1, 0], [0, 0]])
+    data = Retrieval(queries, corpus, {name: frozenset({"t0", "t1"}) for name in queries})
+    found = score(data, encode)
+    assert found["left_out"] == 3
+    assert found["separability_positive_mean"] == 1 and found["separability_negative_mean"] == -1
+    assert sum(found["separability_histogram"]["positive"]) == 2
+    lost = score(data, lambda items, side: np.zeros((len(items), 2)))
+    assert lost["left_out"] == 7 and lost["recall_at_1"] == 0 and not set(lost) & APART
+
+
+def test_models_meet_the_same_draws_whatever_they_cannot_embed() -> None:
+    generator = np.random.default_rng(0)
+    vectors = generator.normal(size=(60, 4))
+    relevant = [np.array([row]) for row in range(60)]
+    none = [np.zeros(0, dtype=np.int64)] * 60
+    whole = _drawn_cosines(unit(vectors), unit(vectors), relevant, none, 0)
+    gone = vectors.copy()
+    gone[7] = 0
+    part = _drawn_cosines(unit(gone), unit(vectors), relevant, none, 0)
+    assert [np.delete(side, 7).tolist() for side in whole] == [side.tolist() for side in part]
+
+
+def test_scores_of_fixed_vectors_are_those_of_this_number_of_the_scoring() -> None:
+    """When this fails, and is meant to, raise `SCORING`: what is kept was measured otherwise."""
+    generator = np.random.default_rng(12)
+    corpus = named(generator.normal(size=(40, 4)), "t")
+    corpus["t5"] = {"vector": (0.0,) * 4}
+    relevant = {str(row): frozenset(f"t{(7 * row + step) % 40}" for step in range(1 + row % 3)) for row in range(12)}
+    queries = named(generator.normal(size=(12, 4)))
+    queries["0"] = {"sequence": [corpus["t3"], corpus["t5"], corpus["t9"]]}
+    found = score(Retrieval(queries, corpus, relevant, {"1": frozenset({"t0"})}), with_sequences(encode))
+    shown = ("recall_at_10", "ndcg_at_10", "mrr_at_10", "separability_auc", "separability_overlap", "left_out")
+    assert SCORING == 2
+    assert [found[name] for name in shown] == pytest.approx(GOLDEN, abs=1e-6)
 
 
 # --- pairs ----------------------------------------------------------------------------------------------------------
@@ -172,6 +234,21 @@ def test_a_sequence_is_the_mean_of_the_directions_of_its_items(sequences: list[l
     asked = [item["vector"] for item, _ in seen]
     assert len(asked) == len(set(asked)) and set(asked) == {vector for some in sequences for vector in some}
     assert {side for _, side in seen} == {"target"}
+
+
+def test_a_query_beside_sequences_is_asked_as_a_query_and_what_it_alone_would_be() -> None:
+    asked: list[tuple[str, int]] = []
+
+    def sided(items: Sequence[Item], side: str) -> np.ndarray:
+        asked.append((side, len(items)))
+        return encode(items, side) * (1 if side == "target" else -1)
+
+    plain = {"vector": (0.0, 2.0)}
+    mixed = [{"sequence": [{"vector": (1.0, 0.0)}, plain]}, plain, {"sequence": []}]
+    found = with_sequences(sided)(mixed, "query")
+    assert sorted(asked) == [("query", 1), ("target", 2)]
+    np.testing.assert_allclose(found, [[0.5, 0.5], [0, -1], [0, 0]])
+    assert with_sequences(sided)([{"sequence": []}, plain], "query").tolist() == [[0, 0], [0, -1]]
 
 
 def test_without_sequences_the_model_is_asked_as_it_is() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from modeling_sail.evaluation import tuxpaint_retrieval
 from modeling_sail.evaluation.item_to_item import copair_targets
 from modeling_sail.evaluation.sequences import filtered_cases, scores_of, sequence_recall, vanilla_cases
 from modeling_sail.evaluation.tasks import (
@@ -26,8 +28,9 @@ from modeling_sail.evaluation.tasks import (
 )
 from modeling_sail.evaluation.tasks.task import FAMILIES, Pairs, Retrieval, score, with_sequences
 from modeling_sail.training.behaviour_job import read_behaviour
+from modeling_sail.training.build import WEIGHTS
 from modeling_sail.training.data import mini_pairs
-from modeling_sail.training.data.tuxpaint import name_key, split_by_name
+from modeling_sail.training.data.tuxpaint import load_tuxpaint, name_key, split_by_name
 from modeling_sail.training.recommendation.prepare import Settings, known_behaviour
 from PIL import Image
 
@@ -481,6 +484,24 @@ def test_the_real_sequences_are_those_that_mini_cre_is_asked() -> None:
     asked = known_behaviour(*read_behaviour("movielens"), Settings(unseen_share=0.15))
     assert asked.split.time == known.split.time
     assert vanilla_cases(asked.interactions, asked.split.time) == vanilla_cases(known.interactions, known.split.time)
+
+
+@pytest.mark.network
+def test_what_ships_with_mini_was_measured_on_the_held_out_drawings_that_nothing_saw() -> None:
+    """By the data alone: the test rows of Tux Paint without `SEEN`, a picture once, and their names."""
+    shipped = {
+        row["task"]: (row["queries"], row["candidates"])
+        for row in json.loads((WEIGHTS / "mini" / "retrieval.json").read_text(encoding="utf-8"))
+    }
+    rows = split_by_name(load_tuxpaint())["test"]
+    once = {Path(row["image"]).read_bytes(): row for row in reversed(rows) if row["id"] not in held_out.SEEN}
+    said = [row for row in once.values() if "fr" in row["speech"] and "fr" in row["names"]]
+    assert len(once) < len(rows)
+    assert shipped["picture -> name"] == (len(once), len({name_key(row["names"]["en"]) for row in once.values()}))
+    assert shipped["picture -> speech"] == (len(said), len(said))
+    assert shipped["speech -> name"][0] == shipped["name -> item (picture+speech)"][1] == len(said)
+    made = tuxpaint_retrieval.tasks(held_out.tuxpaint()) | tuxpaint_retrieval.unseen_tasks(held_out.gcompris())
+    assert shipped == {name: (len(some), len(others)) for name, (some, others, _) in made.items()}
 
 
 def outline(path: str) -> np.ndarray:

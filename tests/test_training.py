@@ -7,7 +7,6 @@ import random
 
 import pytest
 import torch
-from modeling_sail.evaluation.recipe_comparison import table
 from modeling_sail.training import build as build_module
 from modeling_sail.training import mini
 from modeling_sail.training.build import apply_trained, build_tiny
@@ -205,11 +204,3 @@ def test_two_drawings_of_a_title_and_two_graded_titles_are_rows() -> None:
     assert made.query["image"] != made.target["image"]
     graded = TrainingDataset("g", [mini_pairs._graded(rows[1], rows[2])]).read(0, random.Random(0))
     assert graded.score == 0.5
-
-
-def test_the_comparison_says_the_mean_and_the_spread() -> None:
-    found = {
-        "before": {"-": [{"task": "a", "model R@10": 0.1}]},
-        "full": {str(seed): [{"task": "a", "model R@10": value}] for seed, value in enumerate((0.2, 0.3, 0.25))},
-    }
-    assert table(found).splitlines()[-1] == "| a | 0.100 | 0.250 ± 0.050 |"

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, WhisperFeatureExtractor
 
 from ..configuration_sail import SailEmbeddingConfig, preset_config
+from ..fingerprints import hash_tensors
 from ..modeling_sail import SailEmbeddingModel
 from ..processing_sail import SailEmbeddingProcessor
 from .towers import load_audio_tower, load_text_tower, load_vision_tower, pil_image_processor
@@ -207,9 +208,7 @@ def apply_trained(model: SailEmbeddingModel, folder: Path) -> None:
 def weights_hash(tower: PreTrainedModel) -> str:
     """sha256 over a tower's float32 tensors in the order of their names."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(tower.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    hash_tensors(digest, sorted(tower.state_dict().items()))
     return digest.hexdigest()
 
 

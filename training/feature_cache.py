@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..fingerprints import hash_tensors
 from ..items_sail import ItemStatus
 from ..modeling_sail import SailEmbeddingModel
 from ..processing_sail import SailEmbeddingProcessor
@@ -153,8 +154,7 @@ def _fingerprint(tower: Any, preprocessor: Any) -> str:
         name: value for name, value in preprocessor.to_dict().items() if name not in ("auto_map", "processor_class")
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in [] if tower is None else sorted(tower.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    hash_tensors(digest, [] if tower is None else sorted(tower.state_dict().items()))
     return digest.hexdigest()[:12]
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  the field's own abbreviation
 from tqdm.auto import tqdm
 
+from ..fingerprints import hash_tensors
 from ..modeling_sail import SailEmbeddingModel
 from .collate import Collator
 from .distributed import rank, wait, world_size
@@ -294,9 +295,7 @@ def _passes(
 def model_hash(model: torch.nn.Module) -> str:
     """sha256 over all of a model's tensors in the order of their names."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        whole = tensor.detach().cpu().contiguous().view(-1)
-        digest.update(name.encode() + whole.view(torch.uint8).numpy().tobytes())
+    hash_tensors(digest, sorted(model.state_dict().items()))
     return digest.hexdigest()
 
 

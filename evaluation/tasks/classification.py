@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from .content import TUX_DATES, TUX_PAINT, UNSEEN_STAMPS
-from .held_out import Row, gcompris, item_of, spoken, tuxpaint
+from .held_out import ENGLISH, OF_GCOMPRIS, OF_TUX_PAINT, UNSEEN_STAMPS, Row, gcompris, item_of, spoken, tuxpaint
 from .names import BOTH, item_to_name
 from .task import Retrieval, Task
 
@@ -50,82 +50,64 @@ def both_to_name(rows: Sequence[Row]) -> Mapping[str, Retrieval]:
     return {"en-fr": item_to_name(spoken(rows), BOTH, "image", "audio")}
 
 
+_COMMON: dict[str, Any] = {
+    "family": "cls",
+    "group": GROUP,
+    "target_modalities": ["text"],
+    "main_score": "recall_at_10",
+}
+
 TASKS = [
     Task(
         name="TuxPaintCategories",
-        family="cls",
-        group=GROUP,
+        **_COMMON | {"main_score": "ndcg_at_10"},
         description=(
             "An item (English title, picture, its French name spoken where it is recorded) finds the labels of its "
             f'category at every level, such as "animals" and "animals > birds". {UNSEEN_STAMPS} Labels are trained on '
             "by no recipe."
         ),
-        source=TUX_PAINT,
-        licence="GPL-2.0-or-later",
-        date=TUX_DATES,
+        **OF_TUX_PAINT,
         languages={"default": ["eng-Latn", "fra-Latn"]},
         query_modalities=["text", "image", "audio"],
-        target_modalities=["text"],
-        main_score="ndcg_at_10",
         load=lambda: {"default": item_to_labels(tuxpaint())},
     ),
     Task(
         name="TuxPaintPictureToName",
-        family="cls",
-        group=GROUP,
+        **_COMMON,
         description=f"A picture finds its English name among all, or (en-fr) both names in one text. {UNSEEN_STAMPS}",
-        source=TUX_PAINT,
-        licence="GPL-2.0-or-later",
-        date=TUX_DATES,
+        **OF_TUX_PAINT,
         languages={"en": ["eng-Latn"], "en-fr": ["eng-Latn", "fra-Latn"]},
         query_modalities=["image"],
-        target_modalities=["text"],
-        main_score="recall_at_10",
         load=lambda: picture_to_name(tuxpaint()),
     ),
     Task(
         name="TuxPaintSpeechToName",
-        family="cls",
-        group=GROUP,
+        **_COMMON,
         description=f"A spoken French name finds its text, alone or (en-fr) after the English one. {UNSEEN_STAMPS}",
-        source=TUX_PAINT,
-        licence="GPL-2.0-or-later",
-        date=TUX_DATES,
+        **OF_TUX_PAINT,
         languages={"fr": ["fra-Latn"], "en-fr": ["eng-Latn", "fra-Latn"]},
         query_modalities=["audio"],
-        target_modalities=["text"],
-        main_score="recall_at_10",
         load=lambda: speech_to_name(tuxpaint()),
     ),
     Task(
         name="TuxPaintPictureSpeechToName",
-        family="cls",
-        group=GROUP,
+        **_COMMON,
         description=f"A picture with its French name spoken finds its names, English and French. {UNSEEN_STAMPS}",
-        source=TUX_PAINT,
-        licence="GPL-2.0-or-later",
-        date=TUX_DATES,
+        **OF_TUX_PAINT,
         languages={"en-fr": ["eng-Latn", "fra-Latn"]},
         query_modalities=["image", "audio"],
-        target_modalities=["text"],
-        main_score="recall_at_10",
         load=lambda: both_to_name(tuxpaint()),
     ),
     Task(
         name="GComprisPictureToName",
-        family="cls",
-        group=GROUP,
+        **_COMMON,
         description=(
             "A photograph or drawing of an early word (an animal, a colour, an instrument) finds its English name. No "
             "recipe trains on its pictures; its names, common words, are seen with other pictures."
         ),
-        source="GCompris (Debian gcompris-qt-data)",
-        licence="GPL-3.0-or-later, the words CC-BY-SA-3.0",
-        date=("2000-01-01", "2023-02-18"),
-        languages={"default": ["eng-Latn"]},
+        **OF_GCOMPRIS,
+        languages=ENGLISH,
         query_modalities=["image"],
-        target_modalities=["text"],
-        main_score="recall_at_10",
         load=lambda: {"default": item_to_name(gcompris(), ("en",), "image")},
     ),
 ]

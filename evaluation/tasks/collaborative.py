@@ -6,7 +6,7 @@ Room: Evaluation. Source: SAIL-Embedding, section 4.1 (Copair). The pairs are th
 from __future__ import annotations
 
 from ..item_to_item import copair_targets
-from .sequences import AFTER_THE_SPLIT, MOVIELENS, MOVIELENS_DATES, MOVIELENS_LICENCE, Behaviour, chosen, movielens
+from .sequences import AFTER_THE_SPLIT, OF_FILMS, Behaviour, chosen, movielens
 from .task import Retrieval, Task
 
 MINIMUM = 5  # consumers of both films of a pair
@@ -41,12 +41,7 @@ TASKS = [
             "A film (title, director, cast, genres, year) finds the one that most shares its consumers (Jaccard "
             f"coefficient, {MINIMUM} consumers or more). {AFTER_THE_SPLIT}"
         ),
-        source=MOVIELENS,
-        licence=MOVIELENS_LICENCE,
-        date=MOVIELENS_DATES,
-        languages={"default": ["eng-Latn"]},
-        query_modalities=["text"],
-        target_modalities=["text"],
+        **OF_FILMS,
         main_score="recall_at_50",
         load=lambda: {"default": co_consumption(movielens())},
     )

@@ -8,8 +8,24 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from .held_out import Row, gcompris, illustrations, item_of, key_of, spoken, tuxpaint, words
+from .held_out import (
+    ENGLISH,
+    OF_GCOMPRIS,
+    OF_ILLUSTRATIONS,
+    OF_TUX_PAINT,
+    UNSEEN_ILLUSTRATIONS,
+    UNSEEN_STAMPS,
+    Row,
+    gcompris,
+    illustrations,
+    item_of,
+    key_of,
+    spoken,
+    tuxpaint,
+    words,
+)
 from .task import Item, Retrieval, Task
 
 ALIKE = 0.3  # Jaccard coefficient of tags: artists choose few, and seldom the same
@@ -108,31 +124,18 @@ def _across(queries: Mapping[str, tuple[str, Item]], corpus: Mapping[str, tuple[
 # --- tasks ----------------------------------------------------------------------------------------------------------
 
 GROUP = "content understanding"
-TUX_PAINT = "Tux Paint's stamps (Debian tuxpaint-stamps-default)"
-TUX_DATES = ("2002-01-01", "2022-06-04")
-UNSEEN_STAMPS = (
-    "Only stamps whose English name is held out of all training, without drawings that are trained on under another "
-    "name."
-)
-ILLUSTRATIONS = "Open Clip Art (Debian openclipart), emoji of @lobehub/fluent-emoji-3d with emojibase's keywords"
-UNSEEN_ILLUSTRATIONS = (
-    "Only drawings whose title, and emoji whose name, is held out of all training; of the tags, others that are no "
-    "held-out names are seen with other drawings."
-)
+_COMMON: dict[str, Any] = {"family": "i2i", "group": GROUP}
 
 TASKS = [
     Task(
         name="TuxPaintSameName",
-        family="i2i",
-        group=GROUP,
+        **_COMMON,
         description=(
             "A picture finds the other pictures of the same name: a drawing and a photograph, two of a kind, a letter "
             f"in lower and upper case, filled and outlined (many are letters). {UNSEEN_STAMPS}"
         ),
-        source=TUX_PAINT,
-        licence="GPL-2.0-or-later",
-        date=TUX_DATES,
-        languages={"default": ["eng-Latn"]},
+        **OF_TUX_PAINT,
+        languages=ENGLISH,
         query_modalities=["image"],
         target_modalities=["image"],
         main_score="recall_at_10",
@@ -140,15 +143,12 @@ TASKS = [
     ),
     Task(
         name="TuxPaintSameCategory",
-        family="i2i",
-        group=GROUP,
+        **_COMMON,
         description=(
             "An item (English title, picture, its French name spoken where it is recorded) finds those of its category "
             f"(two levels of folders, as animals/birds). {UNSEEN_STAMPS} Other things of the category are trained on."
         ),
-        source=TUX_PAINT,
-        licence="GPL-2.0-or-later",
-        date=TUX_DATES,
+        **OF_TUX_PAINT,
         languages={"default": ["eng-Latn", "fra-Latn"]},
         query_modalities=["text", "image", "audio"],
         target_modalities=["text", "image", "audio"],
@@ -157,16 +157,13 @@ TASKS = [
     ),
     Task(
         name="IllustrationSameTags",
-        family="i2i",
-        group=GROUP,
+        **_COMMON,
         description=(
             "A picture finds those with like tags (openclipart's, or an emoji's keywords): a Jaccard coefficient of "
             f"{ALIKE} or more. {UNSEEN_ILLUSTRATIONS} Few: differences of some points are noise."
         ),
-        source=ILLUSTRATIONS,
-        licence="public domain and MIT",
-        date=("2004-01-01", "2025-12-31"),
-        languages={"default": ["eng-Latn"]},
+        **OF_ILLUSTRATIONS,
+        languages=ENGLISH,
         query_modalities=["image"],
         target_modalities=["image"],
         main_score="ndcg_at_10",
@@ -174,12 +171,9 @@ TASKS = [
     ),
     Task(
         name="TuxPaintPictureToSpeech",
-        family="i2i",
-        group=GROUP,
+        **_COMMON,
         description=f"A picture finds its French name, spoken. {UNSEEN_STAMPS}",
-        source=TUX_PAINT,
-        licence="GPL-2.0-or-later",
-        date=TUX_DATES,
+        **OF_TUX_PAINT,
         languages={"default": ["fra-Latn"]},
         query_modalities=["image"],
         target_modalities=["audio"],
@@ -188,17 +182,18 @@ TASKS = [
     ),
     Task(
         name="PictureToSound",
-        family="i2i",
-        group=GROUP,
+        **_COMMON,
         description=(
             "A picture of an animal, an instrument, a tool finds what it sounds like. No recipe trains on such sounds "
             f"at all; of Tux Paint: {UNSEEN_STAMPS[0].lower()}{UNSEEN_STAMPS[1:]} Few: differences of some points are "
             "noise."
         ),
-        source=f"{TUX_PAINT}, GCompris (Debian gcompris-qt-data)",
-        licence="GPL-2.0-or-later and GPL-3.0-or-later",
-        date=("2000-01-01", "2023-02-18"),
-        languages={"default": ["eng-Latn"]},
+        **OF_GCOMPRIS
+        | {
+            "source": f"{OF_TUX_PAINT['source']}, {OF_GCOMPRIS['source']}",
+            "licence": "GPL-2.0-or-later and GPL-3.0-or-later",
+        },
+        languages=ENGLISH,
         query_modalities=["image"],
         target_modalities=["audio"],
         main_score="recall_at_10",

@@ -19,6 +19,32 @@ from ...training.data.tuxpaint import load_tuxpaint, name_key, split_by_name
 from .task import Item
 
 Row = dict[str, Any]
+ENGLISH = {"default": ["eng-Latn"]}  # the languages of a task that has no others
+
+# What a `Task` says of its data, by source.
+OF_TUX_PAINT: dict[str, Any] = {
+    "source": "Tux Paint's stamps (Debian tuxpaint-stamps-default)",
+    "licence": "GPL-2.0-or-later",
+    "date": ("2002-01-01", "2022-06-04"),
+}
+OF_ILLUSTRATIONS: dict[str, Any] = {
+    "source": "Open Clip Art (Debian openclipart), emoji of @lobehub/fluent-emoji-3d with emojibase's keywords",
+    "licence": "public domain and MIT",
+    "date": ("2004-01-01", "2025-12-31"),
+}
+OF_GCOMPRIS: dict[str, Any] = {
+    "source": "GCompris (Debian gcompris-qt-data)",
+    "licence": "GPL-3.0-or-later, the words CC-BY-SA-3.0",
+    "date": ("2000-01-01", "2023-02-18"),
+}
+UNSEEN_STAMPS = (
+    "Only stamps whose English name is held out of all training, without drawings that are trained on under another "
+    "name."
+)
+UNSEEN_ILLUSTRATIONS = (
+    "Only drawings whose title, and emoji whose name, is held out of all training; of the tags, others that are no "
+    "held-out names are seen with other drawings."
+)
 SPOKEN = "fr"  # the language with the most recorded speech
 
 # Drawings that are trained on under another name: of Tux Paint those of openclipart ("LeafRake", "couronne"), of

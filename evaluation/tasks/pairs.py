@@ -9,8 +9,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from .content import TUX_DATES, TUX_PAINT, UNSEEN_STAMPS, category_of
-from .held_out import Row, item_of, key_of, spoken, tuxpaint
+from .content import category_of
+from .held_out import OF_TUX_PAINT, UNSEEN_STAMPS, Row, item_of, key_of, spoken, tuxpaint
 from .task import Pairs, Task
 
 
@@ -48,9 +48,7 @@ TASKS = [
             "Is this English name that of this item (picture, French name spoken)? As many wrong names as right ones, "
             f"half of them drawn from the item's category. {UNSEEN_STAMPS}"
         ),
-        source=TUX_PAINT,
-        licence="GPL-2.0-or-later",
-        date=TUX_DATES,
+        **OF_TUX_PAINT,
         languages={"default": ["eng-Latn", "fra-Latn"]},
         query_modalities=["text"],
         target_modalities=["image", "audio"],

@@ -6,9 +6,21 @@ Room: Evaluation. Source: SAIL-Embedding, section 4.1 (q2i).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from .content import ILLUSTRATIONS, TUX_DATES, TUX_PAINT, UNSEEN_ILLUSTRATIONS, UNSEEN_STAMPS
-from .held_out import Row, illustrations, item_of, spoken, tuxpaint, words
+from .held_out import (
+    ENGLISH,
+    OF_ILLUSTRATIONS,
+    OF_TUX_PAINT,
+    UNSEEN_ILLUSTRATIONS,
+    UNSEEN_STAMPS,
+    Row,
+    illustrations,
+    item_of,
+    spoken,
+    tuxpaint,
+    words,
+)
 from .names import BOTH, LANGUAGES, name_to_item
 from .task import Retrieval, Task
 
@@ -37,38 +49,32 @@ def tag_to_picture(rows: Sequence[Row], agreed: int = AGREED) -> Retrieval:
     )
 
 
+_COMMON: dict[str, Any] = {"family": "q2i", "group": GROUP, "query_modalities": ["text"]}
+
 TASKS = [
     Task(
         name="TuxPaintNameToItem",
-        family="q2i",
-        group=GROUP,
+        **_COMMON,
         description=(
             "A name finds its items: a picture, and the French name spoken. The items are the same in every subset, "
             "only the language of the names differs (en-fr has both names in one query; in fr the query is what is "
             f"spoken). {UNSEEN_STAMPS}"
         ),
-        source=TUX_PAINT,
-        licence="GPL-2.0-or-later",
-        date=TUX_DATES,
+        **OF_TUX_PAINT,
         languages={name: [code] for name, (_, code) in LANGUAGES.items()} | {"en-fr": ["eng-Latn", "fra-Latn"]},
-        query_modalities=["text"],
         target_modalities=["image", "audio"],
         main_score="recall_at_10",
         load=lambda: names_to_items(tuxpaint()),
     ),
     Task(
         name="TagToIllustration",
-        family="q2i",
-        group=GROUP,
+        **_COMMON,
         description=(
             f"A tag that {AGREED} pictures or more have finds all that have it. {UNSEEN_ILLUSTRATIONS} Artists give "
             "few tags: some pictures that count as wrong are not."
         ),
-        source=ILLUSTRATIONS,
-        licence="public domain and MIT",
-        date=("2004-01-01", "2025-12-31"),
-        languages={"default": ["eng-Latn"]},
-        query_modalities=["text"],
+        **OF_ILLUSTRATIONS,
+        languages=ENGLISH,
         target_modalities=["image"],
         main_score="ndcg_at_10",
         load=lambda: {"default": tag_to_picture(illustrations())},

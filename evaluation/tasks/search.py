@@ -9,8 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .content import ILLUSTRATIONS, TUX_PAINT, UNSEEN_ILLUSTRATIONS, among
-from .held_out import Row, illustrations, item_of, key_of, tuxpaint, words
+from .content import among
+from .held_out import (
+    ENGLISH,
+    OF_ILLUSTRATIONS,
+    OF_TUX_PAINT,
+    UNSEEN_ILLUSTRATIONS,
+    Row,
+    illustrations,
+    item_of,
+    key_of,
+    tuxpaint,
+    words,
+)
 from .task import Retrieval, Task
 
 SHARED = 2  # words: of one alone, such as "animal", too much is an answer
@@ -54,10 +65,10 @@ TASKS = [
             f"same searches bring: they share {SHARED} search words or more, which are its name, its tags, and the "
             f"keywords of the emoji of that name. {UNSEEN_ILLUSTRATIONS} Of Tux Paint, held-out names alike."
         ),
-        source=f"{TUX_PAINT}, {ILLUSTRATIONS}",
+        source=f"{OF_TUX_PAINT['source']}, {OF_ILLUSTRATIONS['source']}",
         licence="GPL-2.0-or-later, public domain and MIT",
-        date=("2002-01-01", "2025-12-31"),
-        languages={"default": ["eng-Latn"]},
+        date=(OF_TUX_PAINT["date"][0], OF_ILLUSTRATIONS["date"][1]),
+        languages=ENGLISH,
         query_modalities=["text", "image"],
         target_modalities=["text", "image"],
         main_score="ndcg_at_10",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from ...training.recommendation.behaviour import Interactions, Items, Split, spl
 from ...training.recommendation.interests import Pair
 from ...training.recommendation.validation import validate
 from ..sequences import consumed_before, filtered_cases, vanilla_cases
+from .held_out import ENGLISH
 from .task import Item, Retrieval, Task
 
 
@@ -79,24 +80,20 @@ def filtered(known: Behaviour) -> Retrieval:
 
 
 GROUP = "sequences"
-MOVIELENS = "MovieLens-100K (in recbole's wheel), with directors and cast of bokeh-sampledata's movies.db"
-MOVIELENS_LICENCE = "GroupLens: for research, no redistribution; CC0"
-MOVIELENS_DATES = ("1997-09-20", "1998-04-22")
+# What tasks on films say of their data: all of them are of text.
+OF_FILMS: dict[str, Any] = {
+    "source": "MovieLens-100K (in recbole's wheel), with directors and cast of bokeh-sampledata's movies.db",
+    "licence": "GroupLens: for research, no redistribution; CC0",
+    "date": ("1997-09-20", "1998-04-22"),
+    "languages": ENGLISH,
+    "query_modalities": ["text"],
+    "target_modalities": ["text"],
+}
 AFTER_THE_SPLIT = (
     "Right answers are of events after the split at four fifths of all; `mini` learns nothing of films' behaviour, "
     "`mini-cre` from the events before the split, and from the films' texts."
 )
-_COMMON = {
-    "family": "i2i",
-    "group": GROUP,
-    "source": MOVIELENS,
-    "licence": MOVIELENS_LICENCE,
-    "date": MOVIELENS_DATES,
-    "languages": {"default": ["eng-Latn"]},
-    "query_modalities": ["text"],
-    "target_modalities": ["text"],
-    "main_score": "recall_at_25",
-}
+_COMMON: dict[str, Any] = {**OF_FILMS, "family": "i2i", "group": GROUP, "main_score": "recall_at_25"}
 
 TASKS = [
     Task(

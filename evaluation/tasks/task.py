@@ -22,6 +22,8 @@ Encode = Callable[[Sequence[Item], str], np.ndarray]
 
 FAMILIES = ("i2i", "q2i", "cls")
 KS = (1, 10, 25, 50, 100)
+# Of what `score` gives for the same vectors: raise it when that changes, and what was kept is measured anew.
+SCORING = 2
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Task:
             raise ValueError(f"{self.name}: family={self.family!r} must be one of {FAMILIES}.")
 
 
-def score(data: Retrieval | Pairs, encode: Encode, *, seed: int = 0) -> dict[str, float]:
+def score(data: Retrieval | Pairs, encode: Encode, *, seed: int = 0) -> dict[str, Any]:
     """Scores of a model on a task's data.
 
     Args:
@@ -95,9 +97,11 @@ def score(data: Retrieval | Pairs, encode: Encode, *, seed: int = 0) -> dict[str
 
     Returns:
         Of `Retrieval`: ``recall_at_k`` (section 4.2), ``ndcg_at_k``, ``mrr_at_k`` for k in `KS`, and ``separability_*``
-        (positives against random negatives; left out where every candidate is relevant or excluded). Of `Pairs`:
-        ``auc``, ``average_precision`` and ``separability_*``. A tie counts against the model, in all but AUC, where it
-        is half.
+        (positives against random negatives). Of `Pairs`: ``auc``, ``average_precision`` and ``separability_*``. A tie
+        counts against the model, in all but AUC, where it is half. All are floats but
+        ``separability_histogram``: ``{"edges": (51,), "positive": (50,), "negative": (50,)}``, lists of the cosines'
+        bins and of counts. ``left_out`` counts the rows of zeros of both sides: they rank last and are no part of
+        ``separability_*``, which are missing where no positive or no negative is left.
 
     Raises:
         ValueError: a query without anything relevant, or vectors of another shape.
@@ -115,7 +119,7 @@ def _score_retrieval(data: Retrieval, encode: Encode, seed: int) -> dict[str, fl
     targets = _checked(encode(list(data.corpus.values()), "target"), len(data.corpus))
     found = retrieval_scores(queries, targets, relevant, excluded, ks=KS)
     positive, negative = _drawn_cosines(unit(queries), unit(targets), relevant, excluded, seed)
-    return found | (_apart(positive, negative) if len(negative) else {})
+    return found | _apart(positive, negative) | {"left_out": _zeros(queries, targets)}
 
 
 def _score_pairs(data: Pairs, encode: Encode) -> dict[str, float]:
@@ -125,14 +129,28 @@ def _score_pairs(data: Pairs, encode: Encode) -> dict[str, float]:
     there = queries.any(axis=1) & targets.any(axis=1)
     ranks = np.where(there, cosine, -2.0)  # what cannot be embedded is told from nothing: behind every cosine
     ranked = {"auc": roc_auc(ranks, labels), "average_precision": average_precision(ranks, labels)}
-    positive, negative = cosine[there & labels], cosine[there & ~labels]
-    return ranked | (_apart(positive, negative) if len(positive) and len(negative) else {})
+    apart = _apart(cosine[there & labels], cosine[there & ~labels])
+    return ranked | apart | {"left_out": _zeros(queries, targets)}
 
 
-def _apart(positive: np.ndarray, negative: np.ndarray) -> dict[str, float]:
+def _zeros(*sides: np.ndarray) -> float:
+    """How many rows are zero: a float, as every score is."""
+    return float(sum(int((~side.any(axis=1)).sum()) for side in sides))
+
+
+def _apart(positive: np.ndarray, negative: np.ndarray) -> dict[str, Any]:
+    if not (len(positive) and len(negative)):
+        return {}
     found = separability(positive, negative)
     names = ("positive_mean", "negative_mean", "overlap", "auc")
-    return {f"separability_{name}": float(getattr(found, name)) for name in names}
+    histogram = {
+        "edges": [round(edge, 6) for edge in found.edges.tolist()],
+        "positive": found.positive_counts.tolist(),
+        "negative": found.negative_counts.tolist(),
+    }
+    return {f"separability_{name}": float(getattr(found, name)) for name in names} | {
+        "separability_histogram": histogram
+    }
 
 
 def _drawn_cosines(
@@ -143,15 +161,21 @@ def _drawn_cosines(
     seed: int,
     most: int = 10,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines of each query with its positives, and with as many random candidates that are neither (section 4.2)."""
+    """Cosines of each query with its positives, and with as many random candidates that are neither (section 4.2).
+
+    A pair of which a side is zero has no cosine. It is drawn all the same, so that all models meet the same draws.
+    """
     generator = np.random.default_rng(seed)
-    positive, negative = [], []
+    there = targets.any(axis=1)
+    positive, negative = [np.zeros(0)], [np.zeros(0)]
     for row, (right, out) in enumerate(zip(relevant, excluded, strict=True)):
         right = right if len(right) <= most else generator.choice(right, most, replace=False)
         drawn = _drawn_outside(np.union1d(relevant[row], out), len(targets), len(right), generator)
+        if not queries[row].any():
+            continue
         # Row by row: the rounding of a matrix product depends on a row's place, and would tell equal vectors apart.
-        positive.append((targets[right] * queries[row]).sum(axis=1))
-        negative.append((targets[drawn] * queries[row]).sum(axis=1))
+        positive.append((targets[right[there[right]]] * queries[row]).sum(axis=1))
+        negative.append((targets[drawn[there[drawn]]] * queries[row]).sum(axis=1))
     return np.concatenate(positive), np.concatenate(negative)
 
 
@@ -171,28 +195,30 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 def with_sequences(encode: Encode) -> Encode:
     """`encode` for queries that are sequences too: the mean of their items' normalised vectors (section 3.3.5).
 
-    Items of sequences are embedded as targets, each once.
+    Items of sequences are embedded as targets, each once; a query that is none as what it is, beside them.
     """
 
     def encode_all(items: Sequence[Item], side: str) -> np.ndarray:
         if not any("sequence" in item for item in items):
             return encode(items, side)
-        members = [member for item in items for member in item.get("sequence", [item])]
-        if not members:
+        plain = {row: item for row, item in enumerate(items) if "sequence" not in item}
+        members = {_identity(member): member for item in items for member in item.get("sequence", ())}
+        if not plain and not members:
             raise ValueError(f"All of {len(items)} sequences are empty; leave such queries out.")
-        keys = [_identity(member) for member in members]
-        first = {key: place for place, key in reversed(list(enumerate(keys)))}
-        known = dict(zip(first, unit(encode([members[place] for place in first.values()], "target")), strict=True))
-        vectors = np.zeros((len(items), len(next(iter(known.values())))), dtype=np.float32)
-        start = 0
+        own, of_member = _units(encode, plain, side), _units(encode, members, "target")
+        vectors = np.zeros((len(items), len(next(iter((own or of_member).values())))), dtype=np.float32)
         for row, item in enumerate(items):
-            length = len(item.get("sequence", [item]))
-            rows = [vector for key in keys[start : start + length] if (vector := known[key]).any()]
-            vectors[row] = np.mean(rows, axis=0) if rows else 0.0
-            start += length
+            known = [of_member[_identity(member)] for member in item["sequence"]] if row not in own else [own[row]]
+            there = [vector for vector in known if vector.any()]
+            vectors[row] = np.mean(there, axis=0) if there else 0.0
         return vectors
 
     return encode_all
+
+
+def _units(encode: Encode, items: Mapping[Any, Item], side: str) -> dict[Any, np.ndarray]:
+    """Unit vectors of items by their keys; of none, none."""
+    return dict(zip(items, unit(encode([*items.values()], side)), strict=True)) if items else {}
 
 
 def _identity(value: Any) -> Any:
