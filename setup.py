@@ -20,6 +20,9 @@ for folder in MAPPED:
 TRAIN = ["accelerate>=1.1", "datasets>=3.0", "peft>=0.14", "POT>=0.9.1", "resvg-py>=0.3"]
 RECOMMEND = ["gensim>=4.3", "implicit>=0.7", "lightgbm>=4.0", "scikit-learn>=1.3", "scipy>=1.10", "threadpoolctl>=3.0"]
 EVAL = ["accelerate>=1.1", "mteb>=2.0", "resvg-py>=0.3"]
+ONNX = ["onnx>=1.18", "onnxruntime>=1.20", "onnxscript>=0.5", "torch>=2.9"]  # torch: its exporter before is another
+RAY = ["ray[data]>=2.40"]
+INDEX = ["lancedb>=0.20"]
 TEST = ["hypothesis>=6", "mypy>=1.8", "parameterized>=0.9", "pytest>=8", "ruff>=0.6", "setuptools>=68", "wheel>=0.40"]
 
 setup(
@@ -57,7 +60,10 @@ setup(
         "eval": EVAL,
         "recommend": [*TRAIN, *RECOMMEND],  # teachers of behaviour, and the ranker that measures what they bring
         "gguf": ["gguf>=0.10", "accelerate>=1.1"],  # the pinned package of SmolLM2 holds a GGUF file
-        "test": sorted({*TRAIN, *EVAL, *RECOMMEND, *TEST}),
+        "onnx": ONNX,
+        "ray": RAY,  # `sail encode --engine ray`
+        "index": INDEX,  # the README's vector database; `sail index` itself needs FAISS only
+        "test": sorted({*TRAIN, *EVAL, *RECOMMEND, *ONNX, *RAY, *INDEX, *TEST}),
     },
     entry_points={"console_scripts": ["sail = modeling_sail.cli:main"]},
 )

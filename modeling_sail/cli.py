@@ -55,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument("--dim", type=int, help="keep this many leading dimensions")
     encode.add_argument("--device", help="as torch names it; cuda where there is one, else cpu")
     encode.add_argument("--dtype", default="float32", help="of the model: float32 | bfloat16")
-    encode.add_argument("--token-budget", type=int, default=1024, metavar="TOKENS", help="of one pass of the model")
+    encode.add_argument(
+        "--token-budget", type=int, metavar="TOKENS", help="of one pass; by default what suits the device"
+    )
     encode.add_argument("--shard-size", type=int, default=16_384, metavar="ITEMS", help="of one file")
     encode.add_argument("--workers", type=int, help="processes that decode (0: none but this); with Ray, actors")
     encode.add_argument("--engine", choices=("local", "ray"), default="local")
@@ -157,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("model", type=Path, metavar="MODEL", help="the model's folder")
     export.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     export.add_argument("--parts", nargs="+", metavar="PART", help="of text vision audio fusion; all by default")
-    export.add_argument("--opset", type=int, default=18, help="of the ONNX operators, 18 to 23")
+    export.add_argument("--opset", type=int, default=18, help="of the ONNX operators, 18 to 22")
     export.set_defaults(run=_export)
 
     card = commands.add_parser("card", help="write a model's card from its checkpoint, logs and result files")
@@ -211,7 +213,7 @@ def _encode(args: argparse.Namespace) -> None:
 
         done = encode_on_ray(args.model, args.source, args.out, options, args.address)
     else:
-        done = encode(args.model, args.source, Output(Path(args.out)), options, encode_here)
+        done = encode(args.model, args.source, Output(args.out), options, encode_here)
     counts = f"{args.out}: {done['ok']} ok, {done['error']} error"
     speed = done["new"] / done["seconds"] if done["seconds"] else 0.0
     print(f"{counts}; {done['new']} items now, {speed:.1f}/s" if done["new"] else f"{counts}; it was finished already")

@@ -1,186 +1,321 @@
-"""`sail encode`: a file or folder of items to one Parquet file of embeddings; never uploaded.
+"""`sail encode`: items of any number to Parquet files of embeddings; never uploaded.
 
-Unusual: work is written in parts that are renamed into place, so a killed job resumes where it stopped; a bad item is a
-row with its reason, never the end of the job.
+Unusual: the job may be killed at any moment and be run again; what was done is not done again, and the files come out
+byte for byte as without the kill. A bad item is a row with its reason, never the end of the job. What is in memory is a
+few windows of items, whatever the source.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoProcessor, BatchFeature
 
-from .items_sail import KNOWN_FIELDS, ItemStatus
-from .sentence_transformer_sail import SailSentenceTransformer
+from .encode_files import table_of
+from .encode_output import FORMAT, Job, Output, WindowFiles, shard_name
+from .encode_source import Shard, Source, open_source, stretches
+from .encode_window import Cost, Prepared, Window, cut_windows
+from .encode_workers import PreparerSettings, Workers, default_workers
+from .fingerprints import model_hash
+from .items_sail import ItemStatus
+from .processing_sail import TOKEN_BUDGET
+from .sentence_transformer_sail import ACCELERATOR_TOKEN_BUDGET, SailSentenceTransformer
 
-PART = 256  # items of a part: what a kill can cost, and the window in which items are sorted by length
-
-SUFFIXES = {
-    "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
-    "audio": (".wav", ".ogg", ".flac", ".mp3", ".m4a", ".opus"),
-    "video": (".mp4", ".mkv", ".webm", ".mov", ".avi"),
-    "text": (".txt",),
-}
-FIELD_OF = {suffix: field for field, suffixes in SUFFIXES.items() for suffix in suffixes}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SHARD_SIZE = 16_384
+WINDOW = 256  # items at most: what a kill can cost, and within which items are sorted by length
+WINDOW_BYTES = 1 << 27  # of raw items and the tensors made of them, at most: of these a few windows are in memory
+IN_MEMORY = 64  # items of a window of `encode_items`
 
 
-# --- where items come from ------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Options:
+    """How to encode.
 
-
-def read_items(source: Path) -> list[tuple[str, Any]]:
-    """(id, item) of every item of a JSONL or Parquet file or a folder, in a stable order.
-
-    A JSONL line is an item; media paths are relative to the file; without an ``id`` its line number is one. A line that
-    is no JSON object becomes an item that fails with that reason. In a folder, files of the same name but for the
-    ending are one item: ``cat.png`` and ``cat.ogg`` and ``cat.txt`` (its text).
-
-    A Parquet file has the fields of items as columns, as `sail behaviour` writes them; what is no field is passed over.
-
-    Raises:
-        ValueError: the source is none of these, or holds nothing.
+    Attributes:
+        task: family of the instruction, None for no instruction.
+        side: "query" or "target".
+        dim: leading dimensions to keep, normalised again; all by default.
+        dtype: "float32" or "bfloat16", of the model; the vectors are float32.
+        token_budget: padded tokens of one pass of the model; what suits the device by default.
+        shard_size: items of one file.
+        device: as torch names it; by default "cuda" where there is one, else "cpu".
+        workers: processes that decode (0: none but this one); with Ray, actors. By default by the number of cores.
     """
-    if source.is_dir():
-        items = list(_folder_items(source))
-    elif source.suffix == ".parquet" and source.is_file():
-        items = list(_parquet_items(source))
-    elif source.is_file():
-        items = list(_jsonl_items(source))
-    else:
-        raise ValueError(f"{source} is neither a JSONL or Parquet file nor a folder.")
-    if not items:
-        raise ValueError(f"{source} holds no items: a JSONL file has one JSON object a line, a folder media files.")
-    return items
+
+    task: str | None = "q2i"
+    side: str = "target"
+    dim: int | None = None
+    dtype: str = "float32"
+    token_budget: int | None = None
+    shard_size: int = SHARD_SIZE
+    device: str | None = None
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}.")
+        for name in ("dim", "token_budget", "shard_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+
+    @property
+    def place(self) -> str:
+        """The device, where none was named."""
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def budget(self) -> int:
+        """The token budget, where none was named."""
+        return self.token_budget or (TOKEN_BUDGET if self.place == "cpu" else ACCELERATOR_TOKEN_BUDGET)
 
 
-def _jsonl_items(source: Path) -> Iterator[tuple[str, Any]]:
-    with source.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                item = json.loads(line)
-            except ValueError as error:
-                yield str(number), BadLine(f"line {number} is not JSON: {error}")
-                continue
-            if isinstance(item, dict):
-                item = {name: _resolved(name, value, source.parent) for name, value in item.items()}
-            yield _item_id(item, number), item
+@dataclass(frozen=True)
+class Plan:
+    """A job and its items: what engines are given.
+
+    Attributes:
+        model: the model's folder.
+        source: the items.
+        options: how to encode them.
+        job: what decides the result besides the items.
+        cost: bytes that an item holds.
+        shards: all of them, in order.
+    """
+
+    model: Path
+    source: Source
+    options: Options
+    job: Job
+    cost: Cost
+    shards: Sequence[Shard]
+
+    def windows(self, shards: Sequence[Shard]) -> Iterator[Window]:
+        """The windows of some of the shards: the same wherever and however often they are cut."""
+        for shard, items in stretches(self.source, shards):
+            yield from cut_windows(items, self.cost, self.job["settings"]["window"], shard.index)
 
 
-def _parquet_items(source: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        table = pq.read_table(source)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{source} is not a whole Parquet file ({error}); write it again.") from error
-    fields = [name for name in table.column_names if name in KNOWN_FIELDS]
-    if set(fields) <= {"id"}:
-        raise ValueError(f"{source} has the columns {table.column_names}; items have any of {', '.join(KNOWN_FIELDS)}.")
-    for number, row in enumerate(table.select(fields).to_pylist()):
-        item = {name: _resolved(name, value, source.parent) for name, value in row.items() if value is not None}
-        yield _item_id(item, number), item
+Engine = Callable[[Plan, Output, Sequence[Shard], Any], Iterator[dict[str, Any]]]
 
 
-def _item_id(item: Any, number: int) -> str:
-    found = item.get("id") if isinstance(item, dict) else None
-    return str(number if found is None else found)
-
-
-def _resolved(name: str, value: Any, folder: Path) -> Any:
-    if name == "images" and isinstance(value, list):
-        return [_resolved("image", entry, folder) for entry in value]
-    if name in ("image", "audio", "video") and isinstance(value, str) and "://" not in value:
-        return str(folder / value)
-    return value
-
-
-def _folder_items(source: Path) -> Iterator[tuple[str, Any]]:
-    groups: dict[str, dict[str, Any]] = {}
-    for path in sorted(source.rglob("*")):
-        field = FIELD_OF.get(path.suffix.lower())
-        if field is None or not path.is_file():
-            continue
-        item = groups.setdefault(path.relative_to(source).with_suffix("").as_posix(), {})
-        value = path.read_text(encoding="utf-8", errors="replace") if field == "text" else str(path)
-        if field == "image" and field in item:
-            item.setdefault("images", []).append(value)
-        else:
-            item.setdefault(field, value)
-    for name, item in groups.items():
-        yield name, {"id": name, **item}
-
-
-class BadLine:
-    """What stands for a line that cannot be an item; the item loader refuses it, with this text in the reason."""
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-
-
-# --- the job --------------------------------------------------------------------------------------------------------
-
-
-def encode_to_parquet(
-    module: SailSentenceTransformer, source: Path, out: Path, *, instruction: str = "", truncate_dim: int | None = None
-) -> dict[str, int]:
-    """Embed every item of a source and write ``out`` with the columns id, embedding, status, reason.
+def encode(model: Path, source: Path, out: Output, options: Options, engine: Engine) -> dict[str, Any]:
+    """Embed every item of a source. Run again, it goes on where it was stopped, or says that nothing is left to do.
 
     Args:
-        module: the loaded model.
-        source: JSONL file or folder.
-        out: Parquet file; ``<out>.parts`` beside it holds the work until it is whole.
-        instruction: put before every item.
-        truncate_dim: keep this many leading dimensions, normalised again.
+        model: the model's folder.
+        source: what `open_source` takes.
+        out: where to.
+        options: how.
+        engine: `encode_here`, or Ray's.
 
     Returns:
-        Counts of "ok" and "error".
+        Counts "ok" and "error", "new" (items that were encoded now) and "seconds" it took.
 
     Raises:
-        ValueError: nothing to encode; or parts of another job (other items, model or settings) lie in the way.
+        ValueError: nothing to encode, a bad option, or the result of another job, model or items in the way.
+        OSError: a full disk, or no right to write; what is done stays.
     """
-    items = read_items(source)
-    parts = out.with_name(out.name + ".parts")
-    _claim(parts, _job(module, items, instruction, truncate_dim))
-    starts = range(0, len(items), PART)
-    bar = tqdm(total=len(items), unit="item", desc="encode")
-    for start in starts:
-        path, chunk = parts / f"{start:09d}.parquet", items[start : start + PART]
-        if not path.exists():
-            _replace(path, embed_rows(module, chunk, instruction, truncate_dim))
-        bar.update(len(chunk))
-    bar.close()
-    table = pa.concat_tables(pq.read_table(parts / f"{start:09d}.parquet") for start in starts)
-    _replace(out, table)
-    shutil.rmtree(parts)
-    statuses = table.column("status").to_pylist()
-    return {status: statuses.count(status) for status in ("ok", "error")}
+    items = open_source(source, (out.out, out.folder))
+    job, cost = _described(model, options)
+    done = out.finished(job)
+    if done and out.whole(done):
+        shards = items.shards(options.shard_size)
+        out.refuse_other_items(done, {**items.identity()[0], "items": shards[-1].first + shards[-1].items})
+        _refuse_changed(Plan(model, items, options, job, cost, shards), dict(enumerate(done["shards"])))
+        out.clear()
+        return {"ok": done["ok"], "error": done["error"], "new": 0, "seconds": 0.0}
+    with out.locked():
+        shards, identity, known = out.plan(items, options.shard_size)
+        out.claim(job, identity)
+        there = ((shard.index, out.shard_done(shard, len(shards), job)) for shard in shards)
+        done_shards = {index: said for index, said in there if said}
+        plan = Plan(model, items, options, job, cost, shards)
+        if not known:
+            _refuse_changed(plan, done_shards)
+            out.keep_plan(items, options.shard_size, shards)
+        return _run(plan, out, done_shards, identity, engine)
 
 
-def embed_rows(
-    module: SailSentenceTransformer, items: Sequence[tuple[str, Any]], instruction: str, truncate_dim: int | None
-) -> pa.Table:
-    """One row for each item, good or bad."""
-    readable = [item for _, item in items if not isinstance(item, BadLine)]
-    with torch.inference_mode():
-        features = module.preprocess(readable, prompt=instruction, errors="skip")
-        vectors = module(features)["sentence_embedding"][:, :truncate_dim]
-    vectors = torch.nn.functional.normalize(vectors, dim=-1).float().cpu().numpy()
-    encoded = iter(zip(features["statuses"], vectors, strict=True))
-    rows = [_row(name, item, encoded) for name, item in items]
-    schema = pa.schema(
-        [("id", pa.string()), ("embedding", pa.list_(pa.float32())), ("status", pa.string()), ("reason", pa.string())]
-    )
-    return pa.Table.from_pylist(rows, schema=schema)
+def _run(
+    plan: Plan, out: Output, done: dict[int, dict[str, Any]], identity: dict[str, Any], engine: Engine
+) -> dict[str, Any]:
+    begun, before = time.perf_counter(), sum(said["items"] for said in done.values())
+    bar = tqdm(total=identity["items"], initial=before, unit="item", desc="encode", smoothing=0.05)
+    missing = [shard for shard in plan.shards if shard.index not in done]
+    with bar:
+        for said in engine(plan, out, missing, bar):
+            done[said["index"]] = said
+        new = bar.n - bar.initial
+    shards = [{**done[shard.index], "file": shard_name(shard.index, len(plan.shards))} for shard in plan.shards]
+    counts = {name: sum(shard[name] for shard in shards) for name in ("ok", "error")}
+    out.finish({**plan.job, "source": identity, **counts, "shards": shards, "finished": True})
+    return {**counts, "new": new, "seconds": time.perf_counter() - begun}
+
+
+def _described(model: Path, options: Options) -> tuple[Job, Cost]:
+    """The job, and what items cost."""
+    _refuse_no_model(model)
+    width = AutoConfig.from_pretrained(model).hidden_size
+    if options.dim is not None and options.dim > width:
+        raise ValueError(f"dim={options.dim} must not be above the model's {width}.")
+    processor = AutoProcessor.from_pretrained(model)
+    settings = {
+        "instruction": processor.instruction_for(options.task, options.side),
+        "dim": options.dim or width,
+        "dtype": options.dtype,
+        "token_budget": options.budget,
+        "shard_size": options.shard_size,
+        "device": torch.device(options.place).type,
+        "window": [WINDOW, WINDOW_BYTES],
+    }
+    return {"format": FORMAT, "model": model_hash(model), "settings": settings}, Cost(processor)
+
+
+def _refuse_changed(plan: Plan, done: dict[int, dict[str, Any]]) -> None:
+    """Read the items of shards that are done once more, undecoded: names and sizes may be equal by chance."""
+    digests: dict[int, list[str]] = {index: [] for index in done}
+    for window in plan.windows([shard for shard in plan.shards if shard.index in done]):
+        digests[window.shard].append(window.digest)
+    for index, found in digests.items():
+        if _joined(found) != done[index]["digest"]:
+            shard = plan.shards[index]
+            raise ValueError(
+                f"items {shard.first} to {shard.first + shard.items - 1} of {plan.source.path} have changed since they "
+                "were encoded; put them back as they were, or name another --out."
+            )
+
+
+def _joined(digests: Sequence[str]) -> str:
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+# --- the local engine -----------------------------------------------------------------------------------------------
+
+
+def encode_here(plan: Plan, out: Output, missing: Sequence[Shard], bar: Any) -> Iterator[dict[str, Any]]:
+    """The engine of one machine: processes decode, this one runs the model."""
+    device, workers = plan.options.place, plan.options.workers
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}: torch sees no CUDA device here; take cpu.")
+    workers = default_workers(device) if workers is None else workers
+    if missing:
+        with Encoder(plan, workers) as encoder:
+            yield from encoder.shards(missing, out.folder, out.work, bar)
+
+
+class Encoder:
+    """The model and the processes that decode for it: what every engine encodes shards with.
+
+    Args:
+        plan: of which job.
+        workers: processes that decode.
+    """
+
+    def __init__(self, plan: Plan, workers: int) -> None:
+        self.plan = plan
+        said = plan.job["settings"]
+        settings = PreparerSettings(plan.model, said["instruction"], said["token_budget"])
+        self.pool = Workers(settings, workers)
+        self.pool.__enter__()  # its imports and the model's weights come at the same time
+        self.module = load_module(plan.model, plan.options.place, DTYPES[plan.options.dtype])
+
+    def __enter__(self) -> Encoder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.pool.__exit__(*error)
+
+    def shards(self, shards: Sequence[Shard], folder: Path, work: Path, bar: Any = None) -> Iterator[dict[str, Any]]:
+        """Write shards to a folder, their windows to another meanwhile.
+
+        Yields:
+            What is said of each shard, once its file is there.
+        """
+        files = WindowFiles(work, self.plan.job)
+        windows = ((window, files.done(window) is None) for window in self.plan.windows(shards))
+        by_index = {shard.index: shard for shard in shards}
+        said: list[dict[str, Any]] = []  # of the windows of the shard at hand
+        left = 0  # items of it that are to come
+        for window, prepared in self.pool.prepared(windows):
+            shard = by_index[window.shard]
+            if window.number == 0:
+                self._refuse_fewer(left)
+                left = shard.items
+            if prepared is not None:
+                self._write(files, window, prepared)
+            said.append(files.done(window) or {})
+            _show(bar, said[-1], prepared is not None)
+            left -= len(window.names)
+            if not left:
+                yield _finish_shard(files, shard, said, folder / shard_name(shard.index, len(self.plan.shards)))
+                del by_index[window.shard]
+                said = []
+        self._refuse_fewer(left + len(by_index))
+
+    def _refuse_fewer(self, left: int) -> None:
+        if left:
+            raise ValueError(f"{self.plan.source.path} has fewer items than at the start: it changed meanwhile.")
+
+    def _write(self, files: WindowFiles, window: Window, prepared: Prepared) -> None:
+        vectors = embed(self.module, prepared, self.plan.job["settings"]["dim"])
+        finite = np.isfinite(vectors).all(axis=1)
+        reasons = [
+            reason or ("" if good else "embedding: the model's numbers are not finite")
+            for reason, good in zip(prepared.reasons, finite, strict=True)
+        ]
+        bad = sum(map(bool, reasons))
+        said = {"digest": window.digest, "items": len(reasons), "ok": len(reasons) - bad, "error": bad}
+        files.write(window, table_of(window.names, vectors, reasons), said)
+
+
+def _finish_shard(files: WindowFiles, shard: Shard, windows: list[dict[str, Any]], path: Path) -> dict[str, Any]:
+    said = {
+        "index": shard.index,
+        "first": shard.first,
+        "items": shard.items,
+        "ok": sum(window["ok"] for window in windows),
+        "error": sum(window["error"] for window in windows),
+        "digest": _joined([window["digest"] for window in windows]),
+    }
+    files.join(said, len(windows), path)
+    return said
+
+
+def _show(bar: Any, said: dict[str, Any], new: bool) -> None:
+    if bar is None:
+        return
+    if not new:
+        bar.initial += said["items"]  # what was there before says nothing of the speed
+    bar.errors = getattr(bar, "errors", 0) + said["error"]
+    bar.set_postfix(errors=bar.errors, refresh=False)
+    bar.update(said["items"])
+
+
+@torch.inference_mode()
+def embed(module: SailSentenceTransformer, prepared: Prepared, dim: int) -> np.ndarray:
+    """(N, dim) float32 normalised vectors of a window; NaN in the row of an item that could not be read."""
+    pinned = module.model.device.type == "cuda"
+
+    def tensors(batch: dict[str, np.ndarray]) -> BatchFeature:
+        made = {name: torch.from_numpy(values) for name, values in batch.items()}
+        return BatchFeature({name: value.pin_memory() if pinned else value for name, value in made.items()})
+
+    passes = ((places, tensors(batch)) for places, batch in prepared.passes)
+    rows = list(range(len(prepared.reasons)))
+    found = module({"passes": passes, "rows": rows, "statuses": prepared.reasons})["sentence_embedding"]
+    return torch.nn.functional.normalize(found[:, :dim].float(), dim=-1).cpu().numpy()
+
+
+# --- in memory ------------------------------------------------------------------------------------------------------
 
 
 def encode_items(
@@ -192,8 +327,8 @@ def encode_items(
         (G, D) float32 vectors of the G good items in order, and a status for each item.
     """
     vectors, statuses = [], []
-    for start in tqdm(range(0, len(items), PART // 4), desc=progress, disable=not progress):
-        chunk = [item for _, item in items[start : start + PART // 4]]
+    for start in tqdm(range(0, len(items), IN_MEMORY), desc=progress, disable=not progress):
+        chunk = [item for _, item in items[start : start + IN_MEMORY]]
         with torch.inference_mode():
             features = module.preprocess(chunk, prompt=instruction, errors="skip")
             found = module(features)["sentence_embedding"].float().cpu().numpy()
@@ -203,57 +338,17 @@ def encode_items(
     return np.concatenate(vectors) if vectors else np.empty((0, 0), np.float32), statuses
 
 
-def _row(name: str, item: Any, encoded: Iterator[Any]) -> dict[str, Any]:
-    if isinstance(item, BadLine):
-        return {"id": name, "embedding": None, "status": "error", "reason": item.reason}
-    status, vector = next(encoded)
-    if status.status == "ok":
-        return {"id": name, "embedding": vector, "status": "ok", "reason": ""}
-    reason = f"{status.field}: {status.reason}" if status.field else status.reason
-    return {"id": name, "embedding": None, "status": "error", "reason": reason}
-
-
-def _job(
-    module: SailSentenceTransformer, items: Sequence[tuple[str, Any]], instruction: str, truncate_dim: int | None
-) -> dict[str, Any]:
-    """What must be equal for parts to be of the same job: the items as written, the weights, the settings."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(np.float64(tensor.double().sum().item()).tobytes())
-    listed = json.dumps([(name, item.reason if isinstance(item, BadLine) else item) for name, item in items])
-    return {
-        "items": hashlib.sha256(listed.encode()).hexdigest(),
-        "model": digest.hexdigest(),
-        "instruction": instruction,
-        "truncate_dim": truncate_dim,
-    }
-
-
-def _claim(parts: Path, job: dict[str, Any]) -> None:
-    parts.mkdir(parents=True, exist_ok=True)
-    manifest = parts / "job.json"
-    if manifest.exists() and json.loads(manifest.read_text(encoding="utf-8")) != job:
-        raise ValueError(
-            f"{parts} holds parts of another job (other items, model or settings); delete it or name another --out."
-        )
-    partial = manifest.with_suffix(".partial")
-    partial.write_text(json.dumps(job), encoding="utf-8")
-    os.replace(partial, manifest)
-
-
-def _replace(path: Path, table: pa.Table) -> None:
-    partial = path.with_name(path.name + ".partial")
-    pq.write_table(table, partial)
-    os.replace(partial, path)
-
-
-def load_module(folder: Path) -> SailSentenceTransformer:
+def load_module(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> SailSentenceTransformer:
     """The model of a folder, ready to encode, with the installed code.
 
     Raises:
         ValueError: the folder is not one that `sail build` or ``save_pretrained`` wrote.
     """
+    _refuse_no_model(folder)
+    kwargs = {} if dtype is None else {"dtype": dtype}
+    return SailSentenceTransformer.load(str(folder), model_kwargs=kwargs).to(device).eval()
+
+
+def _refuse_no_model(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no model; build one: sail build --preset mini --out {folder}")
-    return SailSentenceTransformer.load(str(folder)).eval()

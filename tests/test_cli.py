@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from modeling_sail import demo, encode_job
+from modeling_sail import demo, encode_job, encode_source
 from modeling_sail.cli import main
 from modeling_sail.index import index_of, load_index, search
 
@@ -38,7 +38,7 @@ def catalogue(tmp_path_factory):
 
 
 def encode(catalogue, tiny_folder, out, *more) -> int:
-    return main(["encode", str(catalogue), "--model", str(tiny_folder), "--out", str(out), *more])
+    return main(["encode", str(catalogue), "--model", str(tiny_folder), "--out", str(out), "--workers", "0", *more])
 
 
 def test_a_bad_item_is_a_row_with_its_reason(catalogue, tiny_folder, tmp_path) -> None:
@@ -57,11 +57,11 @@ def test_a_bad_item_is_a_row_with_its_reason(catalogue, tiny_folder, tmp_path) -
     assert not (tmp_path / "x.parquet.parts").exists()
 
 
-def test_a_killed_job_resumes_to_the_same_bytes(catalogue, tiny_folder, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(encode_job, "PART", 2)
+def test_a_killed_job_resumes_to_the_same_bytes(catalogue, tiny_folder, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(encode_job, "WINDOW", 2)
     whole, broken = tmp_path / "whole.parquet", tmp_path / "broken.parquet"
     assert encode(catalogue, tiny_folder, whole) == 0
-    real, calls = encode_job.embed_rows, []
+    real, calls = encode_job.embed, []
 
     def dies(*args):
         calls.append(1)
@@ -69,23 +69,25 @@ def test_a_killed_job_resumes_to_the_same_bytes(catalogue, tiny_folder, tmp_path
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(encode_job, "embed_rows", dies)
+    monkeypatch.setattr(encode_job, "embed", dies)
     with pytest.raises(KeyboardInterrupt):
         encode(catalogue, tiny_folder, broken)
     assert not broken.exists()
-    assert len(list((tmp_path / "broken.parquet.parts").glob("0*.parquet"))) == 2
     assert encode(catalogue, tiny_folder, broken) == 0
-    assert len(calls) == 3 + 2, "parts that were done must not be done again"
+    assert len(calls) == 3 + 2, "windows that were done must not be done again"
     assert broken.read_bytes() == whole.read_bytes()
+    assert "4 ok, 3 error; 3 items now" in capsys.readouterr().out
+    assert encode(catalogue, tiny_folder, broken) == 0
+    assert "4 ok, 3 error; it was finished already" in capsys.readouterr().out
 
 
-def test_parts_of_another_job_are_not_mixed_in(catalogue, tiny_folder, tmp_path, capsys) -> None:
+def test_the_result_of_another_job_is_not_written_over(catalogue, tiny_folder, tmp_path, capsys) -> None:
     out = tmp_path / "x.parquet"
-    parts = tmp_path / "x.parquet.parts"
-    parts.mkdir()
-    (parts / "job.json").write_text('{"items": "other"}')
-    assert encode(catalogue, tiny_folder, out) == 2
-    assert "another job" in capsys.readouterr().err
+    assert encode(catalogue, tiny_folder, out, "--dim", "32") == 0
+    before = out.read_bytes()
+    assert encode(catalogue, tiny_folder, out, "--dim", "16") == 2
+    assert "dim: 32 there, 16 now" in capsys.readouterr().err
+    assert out.read_bytes() == before
 
 
 def test_items_come_from_parquet_too(tmp_path) -> None:
@@ -97,15 +99,15 @@ def test_items_come_from_parquet_too(tmp_path) -> None:
         {"id": 8, "title": None, "image": "b.png", "labels": []},
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "items.parquet")
-    found = dict(encode_job.read_items(tmp_path / "items.parquet"))
+    found = dict(encode_source.read_items(tmp_path / "items.parquet"))
     assert found["7"] == {"id": 7, "title": "a", "image": str(tmp_path / "a.png")}
     assert found["8"] == {"id": 8, "image": str(tmp_path / "b.png")}
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "items.parquet").read_bytes()[:50])
     with pytest.raises(ValueError, match="cut.parquet is not a whole Parquet file"):
-        encode_job.read_items(tmp_path / "cut.parquet")
+        encode_source.read_items(tmp_path / "cut.parquet")
     pq.write_table(pa.table({"id": [1], "labels": [["x"]]}), tmp_path / "bare.parquet")
     with pytest.raises(ValueError, match="items have any of id, text, title"):
-        encode_job.read_items(tmp_path / "bare.parquet")
+        encode_source.read_items(tmp_path / "bare.parquet")
 
 
 def test_files_of_one_name_in_a_folder_are_one_item(tmp_path) -> None:
@@ -114,7 +116,7 @@ def test_files_of_one_name_in_a_folder_are_one_item(tmp_path) -> None:
     (tmp_path / "sub" / "cat.wav").write_bytes(b"x")
     (tmp_path / "dog.txt").write_text("a dog")
     (tmp_path / "notes.pdf").write_bytes(b"x")
-    items = dict(encode_job.read_items(tmp_path))
+    items = dict(encode_source.read_items(tmp_path))
     assert set(items) == {"dog", "sub/cat"}
     assert set(items["sub/cat"]) == {"id", "image", "audio"}
     assert items["dog"]["text"] == "a dog"

@@ -145,7 +145,7 @@ def _step(side: str, model: SailEmbeddingModel, batch: dict[str, Any], mini: int
 
 def _one(side: str, size: int, mini: int = 0) -> dict[str, Any]:
     model = encoder()
-    _step(side, model, ragged_batch(64), mini)()  # first use of kernels is not what is measured
+    _step(side, model, ragged_batch(min(64, size)), mini)()  # first use of kernels is not what is measured
     step = _step(side, model, ragged_batch(size), mini)
     model.zero_grad()
     result = measured(step, 1)

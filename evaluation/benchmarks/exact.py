@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ...encode_job import load_module
 from ...sentence_transformer_sail import SailSentenceTransformer
-from .encode import ragged_items
 from .figures import figure
+from .items import made_items
 
 FIELDS = ("title", "image", "audio")
 
@@ -24,7 +24,7 @@ FIELDS = ("title", "image", "audio")
 def exact_benchmark(model: Path) -> Iterator[dict[str, Any]]:
     """Largest difference of a component of unit vectors, and lowest cosine, of each pair of ways."""
     module = load_module(model)
-    whole = ragged_items(1, "omni")[0]
+    whole = made_items(1, "omni")[0]
     subsets = [part for size in (1, 2, 3) for part in combinations(FIELDS, size)]
     items = [{name: whole[name] for name in part} for part in subsets]
     wide = _both_ways(module, items)

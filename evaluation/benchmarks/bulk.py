@@ -1,0 +1,153 @@
+"""`sail encode` of a corpus as a user runs it: whole, and killed with SIGKILL at random moments; is it the same file?
+
+Unusual: nothing is measured from within. The command runs as a process; its memory is that of the whole tree, each
+shared page counted once; after a kill, what is left of the tree after ten seconds is counted too (nothing should be).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ...encode_source import BadLine, read_items
+from .figures import figure
+from .items import WORDS, made_items, write_media
+
+MEDIA = 32  # pictures and sounds that the made items share
+GRACE_SECONDS = 10.0  # for what outlives a killed process
+LOOK_SECONDS = 0.25
+
+
+def bulk_benchmark(
+    model: Path,
+    items: int,
+    kills: int,
+    smaller: Sequence[int] = (),
+    real: Sequence[Path] = (),
+    work: Path | None = None,
+    options: Sequence[str] = (),
+) -> Iterator[dict[str, Any]]:
+    """Figures of a run in one go, of smaller ones beside it, and of one that is killed.
+
+    Args:
+        model: the model's folder.
+        items: how many are made up; one in 16 has a picture, one in 32 a sound, the others are text.
+        kills: how often the second run of the same items is killed.
+        smaller: numbers of made items of further runs in one go: speed and memory should not depend on the number.
+        real: JSONL files or folders whose items are added to every run.
+        work: where to write; a temporary folder by default.
+        options: more of the command line, such as ``--workers 2``.
+
+    Raises:
+        RuntimeError: the command failed; with what it said last.
+    """
+    with tempfile.TemporaryDirectory(dir=work) as name:
+        folder = Path(name)
+        for count in [*smaller, items]:
+            corpus, total = folder / f"{count}.jsonl", 0
+            total = write_corpus(corpus, count, real)
+            whole = folder / f"{count}.parquet"
+            seconds, peak = _finished(_command(model, corpus, whole, options))
+            case = f"{total} items"
+            yield figure("bulk", case, "items per second, start included", "items/s", total / seconds, None, "")
+            yield figure("bulk", case, "peak memory of all its processes", "MB", peak / 1e6, None, "")
+        killed = folder / "killed.parquet"
+        command = _command(model, corpus, killed, options)
+        came, left = _kill_often(command, kills, seconds)
+        again, _ = _finished(command)
+        case = f"{total} items, killed {came} times"
+        yield figure("bulk", case, "kills", "", came, None, "")
+        yield figure("bulk", case, "files that differ", "", float(_sha256(killed) != _sha256(whole)), None, "")
+        yield figure("bulk", case, "processes that outlived a kill", "", left, None, "")
+        yield figure("bulk", case, "the last run", "s", again, seconds, "a run in one go")
+
+
+def write_corpus(path: Path, count: int, real: Sequence[Path] = ()) -> int:
+    """Write ``count`` made items, the same for the same count, and real ones to a JSONL file; how many in all."""
+    chooser = random.Random(0)
+    folder = path.with_suffix("")
+    folder.mkdir()
+    media = write_media(made_items(MEDIA, "omni-full"), folder)
+    with path.open("w", encoding="utf-8") as lines:
+        for number in range(count):
+            item = {"id": f"made-{number}", "title": " ".join(chooser.choices(WORDS, k=chooser.randint(3, 40)))}
+            for field, every in (("image", 16), ("audio", 32)):
+                if number % every == 0:
+                    item[field] = str(Path(media[chooser.randrange(MEDIA)][field]).absolute())
+            lines.write(json.dumps(item) + "\n")
+        for source in real:
+            for name, item in read_items(source.absolute()):
+                if isinstance(item, dict):
+                    item = {**item, "id": f"{source.name}-{name}"}
+                lines.write(("{" if isinstance(item, BadLine) else json.dumps(item)) + "\n")
+                count += 1
+    return count
+
+
+def _command(model: Path, source: Path, out: Path, options: Sequence[str]) -> list[str]:
+    program = [sys.executable, "-m", "modeling_sail", "encode"]
+    return [*program, str(source), "--model", str(model), "--out", str(out), *options]
+
+
+def _finished(command: list[str]) -> tuple[float, int]:
+    """Run to the end: seconds, and bytes at the peak."""
+    begun, peak = time.perf_counter(), 0
+    with tempfile.TemporaryFile() as said, subprocess.Popen(command, stdout=said, stderr=said) as process:
+        while process.poll() is None:
+            peak = max(peak, sum(map(_memory, _tree(process.pid))))
+            time.sleep(LOOK_SECONDS)
+        seconds = time.perf_counter() - begun
+        if process.returncode:
+            said.seek(0)
+            raise RuntimeError(f"{' '.join(command)} failed:\n{said.read()[-2000:].decode(errors='replace')}")
+    return seconds, peak
+
+
+def _kill_often(command: list[str], kills: int, seconds: float) -> tuple[int, int]:
+    """Start and kill so often, each time after a random share of a whole run; how often it came to a kill, and how
+    many processes outlived one.
+    """
+    chooser, came, left = random.Random(0), 0, 0
+    for _ in range(kills):
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            try:
+                process.wait(timeout=chooser.uniform(0, 2 * seconds / (kills + 1)))
+                return came, left  # it was done before
+            except subprocess.TimeoutExpired:
+                tree = _tree(process.pid)
+                process.kill()
+                came += 1
+        _, alive = psutil.wait_procs(tree, timeout=GRACE_SECONDS)
+        left += len(alive)
+    return came, left
+
+
+def _tree(pid: int) -> list[psutil.Process]:
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _memory(process: psutil.Process) -> int:
+    """Bytes that a process holds, pages that it shares divided among those who do."""
+    try:
+        return process.memory_full_info().pss
+    except psutil.Error:
+        return 0
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,121 @@
+"""A folder of media as items: files of one name but for the ending are one item.
+
+Unusual: the folder is read directory by directory, each in the order of its names and before those in it, so that a
+walk can begin in the middle, and no more than one directory's names are in memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+SUFFIXES = {
+    "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    "audio": (".wav", ".ogg", ".flac", ".mp3", ".m4a", ".opus"),
+    "video": (".mp4", ".mkv", ".webm", ".mov", ".avi"),
+    "text": (".txt",),
+}
+FIELD_OF = {suffix: field for field, suffixes in SUFFIXES.items() for suffix in suffixes}
+MAX_TEXT = 1 << 24  # bytes of a text file; the rest would be cut from the sequence anyway
+
+
+class BadLine:
+    """What stands for a line, row or text file that cannot be an item; it becomes a row with this reason."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+
+def is_media(path: Path) -> bool:
+    """Whether a file is a field of an item, by its ending."""
+    return path.suffix.lower() in FIELD_OF
+
+
+def walk(
+    folder: Path, leave_out: Collection[Path] = (), start: tuple[str, ...] = ()
+) -> Iterator[tuple[Path, list[str]]]:
+    """Directories with the sorted names of their files, from the directory ``start`` (parts of its path) on.
+
+    Links to directories are not followed: they may lead back up.
+    """
+    with os.scandir(folder) as entries:
+        kinds = {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
+    for name in {place.name for place in leave_out} & set(kinds):
+        if (folder / name).resolve() in leave_out:
+            del kinds[name]
+    if not start:
+        yield folder, sorted(name for name, is_directory in kinds.items() if not is_directory)
+    for name in sorted(name for name, is_directory in kinds.items() if is_directory):
+        if not start or name >= start[0]:
+            yield from walk(folder / name, leave_out, start[1:] if start and name == start[0] else ())
+
+
+class FolderItems:
+    """A folder of media; a position is (directory, number of the item in it)."""
+
+    def __init__(self, folder: Path, leave_out: Collection[Path] = ()) -> None:
+        self.folder = folder
+        self.leave_out = leave_out
+
+    def positions(self) -> Iterator[tuple[str, int]]:
+        for directory, groups in self._groups():
+            for number in range(len(groups)):
+                yield directory, number
+
+    def items(self, position: Any = None) -> Iterator[tuple[str, Any, bytes]]:
+        start, skipped = position or ("", 0)
+        for directory, groups in self._groups(start):
+            for number, (stem, names) in enumerate(groups.items()):
+                if directory != start or number >= skipped:
+                    name = f"{directory}/{stem}" if directory else stem
+                    yield name, *self._item(name, [self.folder / directory / entry for entry in names])
+
+    def files(self) -> Iterator[tuple[str, int, int]]:
+        for directory, groups in self._groups():
+            for name in (name for names in groups.values() for name in names):
+                status = _status(self.folder / directory / name)
+                yield f"{directory}/{name}", *status
+
+    def _groups(self, start: str = "") -> Iterator[tuple[str, dict[str, list[str]]]]:
+        """Directories with the names of each item's files by what they have in common."""
+        for directory, names in walk(self.folder, self.leave_out, tuple(Path(start).parts)):
+            groups: dict[str, list[str]] = {}
+            for name in names:
+                if is_media(Path(name)) and (directory / name).is_file():
+                    groups.setdefault(Path(name).stem, []).append(name)
+            place = directory.relative_to(self.folder)
+            yield ("" if place == Path() else place.as_posix()), groups
+
+    def _item(self, name: str, paths: list[Path]) -> tuple[Any, bytes]:
+        try:
+            return self._read(name, paths)
+        except OSError as error:
+            return BadLine(f"text: {error}"), str(error).encode(errors="surrogateescape")
+
+    def _read(self, name: str, paths: list[Path]) -> tuple[dict[str, Any], bytes]:
+        item: dict[str, Any] = {"id": name}
+        seen = [repr([(path.name, _status(path)[0]) for path in paths]).encode(errors="surrogateescape")]
+        for path in paths:
+            field = FIELD_OF[path.suffix.lower()]
+            value = str(path)
+            if field == "text":
+                with path.open("rb") as file:
+                    content = file.read(MAX_TEXT)
+                seen.append(content)
+                value = content.decode(errors="replace")
+            if field == "image" and field in item:
+                item.setdefault("images", []).append(value)
+            else:
+                item.setdefault(field, value)
+        return item, b"\0".join(seen)
+
+
+def _status(path: Path) -> tuple[int, int]:
+    """Bytes and time of change; zeros of a file that is gone or closed to us: its item will say so."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns

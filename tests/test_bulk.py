@@ -1,0 +1,37 @@
+"""The proof of `sail encode` runs: the command is killed as a user's would be, and its workers go with it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from modeling_sail.evaluation.benchmarks.bulk import bulk_benchmark, write_corpus
+
+from modeling_sail.encode_source import read_items
+
+
+@pytest.mark.slow
+def test_a_command_that_is_killed_leaves_no_process_and_ends_with_the_same_file(tiny_folder, tmp_path) -> None:
+    real = tmp_path / "real.jsonl"
+    real.write_text('{"title": "a real item"}\n{broken\n')
+    figures = bulk_benchmark(tiny_folder, 600, 1, [], [real], tmp_path, ["--shard-size", "256", "--workers", "1"])
+    found = {(line["case"], line["figure"]): line["ours"] for line in figures}
+    (killed,) = {case for case, _ in found} - {"602 items"}
+    assert found[killed, "kills"] == 1
+    assert found[killed, "files that differ"] == 0
+    assert found[killed, "processes that outlived a kill"] == 0
+    assert found["602 items", "peak memory of all its processes"] > 100
+
+
+def test_a_corpus_is_the_same_each_time_and_holds_the_real_items(tmp_path) -> None:
+    real = tmp_path / "real.jsonl"
+    real.write_text('{"id": 3, "title": "a real item"}\n{broken\n')
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        assert write_corpus(tmp_path / name / "x.jsonl", 40, [real]) == 42
+    one, other = ((tmp_path / name / "x.jsonl").read_text() for name in ("a", "b"))
+    assert one.replace(str(tmp_path / "a"), str(tmp_path / "b")) == other
+    items = [item for _, item in read_items(tmp_path / "a" / "x.jsonl")]
+    assert json.loads(one.splitlines()[40]) == {"id": "real.jsonl-3", "title": "a real item"}
+    assert sum("image" in item for item in items[:40]) == 3
+    assert sum("audio" in item for item in items[:40]) == 2

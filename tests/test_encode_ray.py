@@ -1,0 +1,102 @@
+"""`sail encode --engine ray` on a local cluster of two workers: the bytes of the local engine, whoever is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+
+from modeling_sail.cli import main
+from modeling_sail.encode_job import Options, encode, encode_here
+from modeling_sail.encode_output import Output
+
+from .conftest import picture
+
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
+
+from modeling_sail import encode_ray  # noqa: E402 - needs Ray
+
+OPTIONS = Options(shard_size=40, device="cpu", workers=2)
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("items")
+    picture(1).save(folder / "a.png")
+    rows = [{"id": f"i{number}", "title": "many words " * (number % 9)} for number in range(200)]
+    for number in range(0, 200, 7):
+        rows[number]["image"] = "a.png" if number else "gone.png"
+    (folder / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "items.jsonl"
+
+
+@pytest.fixture(scope="module")
+def expected(items, tiny_folder, tmp_path_factory):
+    """What the local engine writes, by name."""
+    out = tmp_path_factory.mktemp("local") / "x"
+    encode(tiny_folder, items, Output(out), Options(shard_size=40, device="cpu", workers=0), encode_here)
+    return files(out)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=encode_ray.STORE_BYTES, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def files(folder) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def kill_an_actor(folder, killed: list[int]) -> None:
+    """Once the first shard is there, kill -9 an actor that encodes."""
+    until = time.monotonic() + 300
+    while time.monotonic() < until and not killed:
+        if list(folder.glob("part-*.parquet")):
+            for process in psutil.Process().children(recursive=True):
+                if "MapWorker" in " ".join(process.cmdline()[:1]) and not killed:
+                    os.kill(process.pid, signal.SIGKILL)
+                    killed.append(process.pid)
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_an_actor_that_is_killed_costs_a_retry_and_no_row(cluster, items, tiny_folder, expected, tmp_path) -> None:
+    killed: list[int] = []
+    watch = threading.Thread(target=kill_an_actor, args=(tmp_path / "x", killed))
+    watch.start()
+    done = encode_ray.encode_on_ray(tiny_folder, items, str(tmp_path / "x"), OPTIONS)
+    watch.join()
+    assert killed, "the job was over before an actor was killed"
+    assert (done["ok"], done["error"], done["new"]) == (180, 20, 200)
+    assert files(tmp_path / "x") == expected
+
+
+@pytest.mark.slow
+def test_shards_go_to_a_url_and_those_that_are_there_are_not_made_again(
+    cluster, items, tiny_folder, expected, tmp_path
+) -> None:
+    (tmp_path / "x").mkdir()
+    for name, content in expected.items():
+        if name != "part-00003.parquet":
+            (tmp_path / "x" / name).write_bytes(content)
+    url = f"file://{tmp_path}/x"
+    assert encode_ray.encode_on_ray(tiny_folder, items, url, OPTIONS)["new"] == 40
+    assert files(tmp_path / "x") == expected
+    assert encode_ray.encode_on_ray(tiny_folder, items, url, OPTIONS)["new"] == 0
+
+
+@pytest.mark.parametrize(
+    ("out", "message"), [("memory://x", "one process only"), ("file:///x.parquet", "name a folder")]
+)
+def test_a_place_that_actors_cannot_share_is_refused_at_once(out, message, items, tiny_folder, capsys) -> None:
+    arguments = ["encode", str(items), "--model", str(tiny_folder), "--out", out, "--engine", "ray"]
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err

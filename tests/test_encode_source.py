@@ -1,0 +1,154 @@
+"""Sources of `sail encode`: every form of the same items is read alike, and a shard is read from its own beginning."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modeling_sail import encode_source
+from modeling_sail.encode_source import BadLine, open_source, read_items, stretches
+from modeling_sail.encode_window import cut_windows
+
+from .conftest import picture
+
+TITLES = st.lists(st.text(max_size=12), min_size=1, max_size=30)
+
+
+def write(folder, form: str, titles: list[str]):
+    """The same items as a file or folder of some form."""
+    rows = [{"id": f"i{number}", "title": title} for number, title in enumerate(titles)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path = folder / form
+    if form == "dataset":
+        path.mkdir()
+        half = len(rows) // 2
+        pq.write_table(
+            pa.Table.from_pylist(rows[:half], pa.schema([("id", "string"), ("title", "string")])), path / "a.parquet"
+        )
+        (path / "b.jsonl").write_bytes(b"".join(lines.splitlines(keepends=True)[half:]))
+    elif form == "media":
+        for number, title in enumerate(titles):
+            (path / f"{number // 4:02d}").mkdir(parents=True, exist_ok=True)
+            (path / f"{number // 4:02d}" / f"{number:02d}.txt").write_text(title, "utf-8", "replace", newline="")
+    elif form == "x.parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=5)
+    else:
+        (gzip.open if form.endswith(".gz") else open)(path, "wb").write(lines)
+    return path
+
+
+@pytest.mark.parametrize("form", ["x.jsonl", "x.jsonl.gz", "x.parquet", "dataset", "media"])
+@given(titles=TITLES, size=st.integers(1, 12))
+@settings(max_examples=12, deadline=None)
+def test_a_shard_read_from_its_own_place_is_that_stretch_of_the_source(form, titles, size, tmp_path_factory) -> None:
+    source = open_source(write(tmp_path_factory.mktemp("source"), form, titles))
+    everything = list(source.items())
+    assert len(everything) == len(titles)
+    shards = source.shards(size)
+    assert [shard.first for shard in shards] == list(range(0, len(titles), size))
+    for shard in shards:
+        (one,) = [list(items) for _, items in stretches(source, [shard])]
+        assert one == everything[shard.first : shard.first + shard.items]
+    some = shards[::2]  # gaps: shards that are done already
+    for shard, items in stretches(source, some):
+        assert list(items) == everything[shard.first : shard.first + shard.items]
+    if form != "media":
+        assert [(name, item["title"]) for name, item, _ in everything] == [
+            (f"i{number}", title) for number, title in enumerate(titles)
+        ]
+
+
+def test_lines_that_are_no_items_keep_their_places(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(encode_source, "MAX_LINE", 100)
+    path = tmp_path / "x.jsonl"
+    deep = b"[" * 90
+    path.write_bytes(
+        b'\xef\xbb\xbf{"title": "first"}\r\n\n  \n{"title": "fo\xffrth"}\n{broken\n[1]\n'
+        + b"x" * 350
+        + b"\n"
+        + deep
+        + b"\n"
+        b'{"id": 7, "title": "last"}'
+    )
+    found = list(read_items(path))
+    assert [name for name, _ in found] == ["1", "4", "5", "6", "7", "8", "7"]
+    assert found[0][1] == {"title": "first"}
+    assert found[1][1] == {"title": "fo\ufffdrth"}
+    assert [type(item) for _, item in found[2:6]] == [BadLine, list, BadLine, BadLine]
+    assert "line 5 is not JSON" in found[2][1].reason
+    assert "line 7 is longer" in found[4][1].reason
+    assert found[6][1]["title"] == "last"
+
+
+def test_a_row_group_that_is_broken_costs_its_rows_alone(tmp_path) -> None:
+    path = write(tmp_path, "x.parquet", [f"title {number}" for number in range(20)])
+    column = pq.ParquetFile(path).metadata.row_group(1).column(1)
+    start = column.dictionary_page_offset or column.data_page_offset
+    data = bytearray(path.read_bytes())
+    data[start : start + column.total_compressed_size] = bytes(column.total_compressed_size)
+    path.write_bytes(data)
+    found = list(read_items(path))
+    assert [isinstance(item, BadLine) for _, item in found] == [5 <= number < 10 for number in range(20)]
+    assert "row 5 cannot be read" in found[5][1].reason
+    assert [item["title"] for _, item in found[10:]] == [f"title {number}" for number in range(10, 20)]
+
+
+def test_media_paths_are_relative_to_the_file_that_names_them(tmp_path) -> None:
+    (tmp_path / "sub").mkdir()
+    line = {"image": "a.png", "images": ["b.png", {"path": "c.png"}], "audio": "/abs.wav", "video": "http://x/y.mp4"}
+    (tmp_path / "sub" / "one.jsonl").write_text(json.dumps(line) + '\n{"image": "", "title": "t"}')
+    (_, item), (name, other) = read_items(tmp_path)
+    folder = tmp_path / "sub"
+    assert item["image"] == str(folder / "a.png")
+    assert item["images"] == [str(folder / "b.png"), {"path": str(folder / "c.png")}]
+    assert (item["audio"], item["video"]) == ("/abs.wav", "http://x/y.mp4")
+    assert other["image"] == "", "an absent field stays absent"
+    assert name == "sub/one.jsonl:2", "line numbers of several files must not collide"
+
+
+def test_a_folder_of_item_files_is_these_and_the_jobs_own_files_are_none(tmp_path) -> None:
+    picture(1).save(tmp_path / "a.png")
+    (tmp_path / "out.parquet.parts").mkdir()
+    pq.write_table(pa.table({"id": ["x"], "embedding": [[1.0]]}), tmp_path / "older.parquet")
+    source = open_source(tmp_path)
+    assert [name for name, *_ in source.items()] == ["a"], "embeddings are no items"
+    (tmp_path / "items.jsonl").write_text('{"id": "line", "image": "a.png"}\n')
+    assert [name for name, *_ in open_source(tmp_path).items()] == ["line"]
+    assert [name for name, *_ in open_source(tmp_path, (tmp_path / "items.jsonl",)).items()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none", None, "neither a JSONL or Parquet file nor a folder"),
+        ("x.jsonl", b"\n \n", "holds no items"),
+        ("x.jsonl.gz", gzip.compress(b'{"title": "x"}\n' * 500)[:40], "not a whole gzip file"),
+        ("x.jsonl.gz", b"plain", "not a whole gzip file"),
+        ("x.parquet", b"PAR1 and no more", "not a whole Parquet file"),
+    ],
+)
+def test_a_source_that_cannot_be_is_said_before_anything_is_encoded(name, content, message, tmp_path) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        open_source(tmp_path / name).shards(10)
+
+
+@given(costs=st.lists(st.integers(0, 130), min_size=1, max_size=60))
+@settings(max_examples=60, deadline=None)
+def test_windows_are_bounded_in_items_and_bytes_and_lose_nothing(costs) -> None:
+    items = [(str(number), cost, bytes([cost])) for number, cost in enumerate(costs)]
+    windows = list(cut_windows(items, lambda item: item, (7, 100)))
+    assert [name for each in windows for name in each.names] == [name for name, *_ in items]
+    assert [each.number for each in windows] == list(range(len(windows)))
+    for each in windows:
+        assert len(each.items) <= 7
+        assert sum(each.items) <= 100 or len(each.items) == 1
+    for one, other in zip(windows, windows[1:], strict=False):  # none ends before it must
+        assert len(one.items) == 7 or sum(one.items) + other.items[0] > 100
