@@ -30,12 +30,12 @@ demo: $(STAMP) ## install, build mini, fetch data, search it, write build/demo/i
 	$(BIN)/sail demo --model $(MODEL) --out $(PAGE) $(if $(SUBSET),--subset $(SUBSET))
 
 test: $(STAMP) ## install, run the whole test suite
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 check: $(STAMP) ## what CI runs: style, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 retrieval: $(STAMP) ## the table of the README: mini beside the linear baseline on held-out names
 	$(BIN)/python -m modeling_sail.evaluation.tuxpaint_retrieval --model $(MODEL) --work runs/mini

@@ -23,7 +23,8 @@ EVAL = ["accelerate>=1.1", "mteb>=2.0", "resvg-py>=0.3"]
 ONNX = ["onnx>=1.18", "onnxruntime>=1.20", "onnxscript>=0.5", "torch>=2.9"]  # torch: its exporter before is another
 RAY = ["ray[data]>=2.40"]
 INDEX = ["lancedb>=0.20"]
-TEST = ["hypothesis>=6", "mypy>=1.8", "parameterized>=0.9", "pytest>=8", "ruff>=0.6", "setuptools>=68", "wheel>=0.40"]
+TEST = ["hypothesis>=6", "mypy>=1.8", "parameterized>=0.9", "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6"]
+TEST += ["setuptools>=68", "wheel>=0.40"]
 
 setup(
     name="sail-embedding",
