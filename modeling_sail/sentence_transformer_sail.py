@@ -93,7 +93,8 @@ class SailSentenceTransformer(InputModule):
         size = (len(features["statuses"]), self.get_embedding_dimension())
         result = torch.full(size, torch.nan, device=self.model.device)
         for places, batch in features["passes"]:
-            result[[features["rows"][place] for place in places]] = self._embed(batch.to(self.model.device))
+            batch = batch.to(self.model.device, non_blocking=True)
+            result[[features["rows"][place] for place in places]] = self._embed(batch)
         features["sentence_embedding"] = result
         return features
 
