@@ -34,7 +34,9 @@ from .onnx_runtime import MANIFEST, OnnxSail, open_session, read_manifest
 
 OPSET = 18  # the lowest that the exporter writes, so that old runtimes can read it
 NEWEST_OPSET = 22  # at 23 the exporter writes a RotaryEmbedding that onnxruntime 1.31 refuses in batches
-TOLERANCE = 1e-4  # of float32 values; of larger ones than 1, in parts of the largest
+TOLERANCE = 1e-4  # of the vectors of whole items, in float32
+# Of a graph's own output; of values beyond 1, in parts of the largest. A deep tower's float32 lies 6e-5 from its float64.
+GRAPH_TOLERANCE = 5e-4
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 WEIGHTS = "weights.data"
 ALIGNMENT = 4096  # bytes: onnxruntime maps tensors that begin on a page
@@ -46,7 +48,7 @@ class NotTheModelError(RuntimeError):
 
     def __init__(self, said: str) -> None:
         super().__init__(
-            f"{said}; {TOLERANCE:.0e} is allowed, so nothing was written. A little beyond may be rounding of a deep "
+            f"{said}; {GRAPH_TOLERANCE:.0e} is allowed, so nothing was written. A little beyond may be rounding of a deep "
             "tower; much beyond is a fault: try another --opset or version of torch."
         )
 
@@ -257,7 +259,7 @@ def _compared(graph: Graph, path: Path) -> dict[str, Any]:
         differences.append(difference(session.run(None, given)[0], expected))
         largest = max(largest, float(expected.abs().max()))
     worst = float(np.max(differences))  # unlike max, it lets no NaN get lost
-    if not worst <= TOLERANCE:
+    if not worst <= GRAPH_TOLERANCE:
         raise NotTheModelError(f"{path.name} differs from the model by {worst:.1e}")
     return {
         "inputs": {value.name: [value.type, value.shape] for value in session.get_inputs()},
@@ -332,7 +334,7 @@ def _about(model: Any, folder: Path, opset: int) -> dict[str, Any]:
         "config": {name: getattr(model.config, name) for name in kept},
         "dtype": "float32",
         "opset": opset,
-        "tolerance": TOLERANCE,
+        "tolerance": {"graphs": GRAPH_TOLERANCE, "vectors": TOLERANCE},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__}
         | {name: version(name) for name in PACKAGES},
         "parts": {},
