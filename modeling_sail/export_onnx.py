@@ -35,7 +35,7 @@ from .onnx_runtime import MANIFEST, OnnxSail, open_session, read_manifest
 OPSET = 18  # the lowest that the exporter writes, so that old runtimes can read it
 NEWEST_OPSET = 22  # at 23 the exporter writes a RotaryEmbedding that onnxruntime 1.31 refuses in batches
 TOLERANCE = 1e-4  # of the vectors of whole items, in float32
-# Of a graph's own output; of values beyond 1, in parts of the largest. A deep tower's float32 lies 6e-5 from its float64.
+# Of a graph's output; of values beyond 1, in parts of the largest. A deep tower's float32 is 6e-5 from its float64.
 GRAPH_TOLERANCE = 5e-4
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 WEIGHTS = "weights.data"
@@ -48,8 +48,8 @@ class NotTheModelError(RuntimeError):
 
     def __init__(self, said: str) -> None:
         super().__init__(
-            f"{said}; {GRAPH_TOLERANCE:.0e} is allowed, so nothing was written. A little beyond may be rounding of a deep "
-            "tower; much beyond is a fault: try another --opset or version of torch."
+            f"{said}; {GRAPH_TOLERANCE:.0e} is allowed, so nothing was written. A little beyond may be rounding of a "
+            "deep tower; much beyond is a fault: try another --opset or version of torch."
         )
 
 
