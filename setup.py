@@ -51,7 +51,7 @@ setup(
         "soundfile>=0.12",
         "soxr>=0.3",
         "tokenizers>=0.20",
-        "torch>=2.4",
+        "torch>=2.5",
         "tqdm>=4.60",
         # 5.2 is the first version whose masks follow `is_causal=False`; 5.0 and 5.1 stay causal where there is padding.
         "transformers>=5.2",

@@ -27,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"sail {args.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"sail {args.command}: stopped", file=sys.stderr)
+        return 130  # as shells have it for ^C
     return 0
 
 
@@ -217,6 +220,8 @@ def _encode(args: argparse.Namespace) -> None:
     counts = f"{args.out}: {done['ok']} ok, {done['error']} error"
     speed = done["new"] / done["seconds"] if done["seconds"] else 0.0
     print(f"{counts}; {done['new']} items now, {speed:.1f}/s" if done["new"] else f"{counts}; it was finished already")
+    if not done["ok"]:
+        raise RuntimeError(f"no item of {args.source} could be encoded; the column 'reason' of {args.out} says why")
 
 
 def _index(args: argparse.Namespace) -> None:

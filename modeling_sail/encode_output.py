@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from .encode_files import read_json, read_tables, said_of, write_file, write_json
+from .encode_files import put_in_place, read_json, read_tables, said_of, write_file, write_json
 from .encode_source import Shard, Source
 from .encode_window import Window
 
@@ -164,7 +164,7 @@ class Output:
         job = {name: manifest[name] for name in JOB}
         said = {"job": job, "manifest": manifest}
         write_file(self.work / "whole.parquet", chain.from_iterable(map(read_tables, shards)), said)
-        os.replace(self.work / "whole.parquet", self.out)
+        put_in_place(self.work / "whole.parquet", self.out)
         self.clear()
 
     def clear(self) -> None:

@@ -56,15 +56,17 @@ def encode_with_actors(plan: Plan, out: Output, missing: Sequence[Shard], bar: A
     gpu = plan.options.place.startswith("cuda")
     cluster = ray.cluster_resources()
     most = cluster.get("GPU", 0) if gpu else cluster.get("CPU", 1) // 2
+    if gpu and not most:
+        raise ValueError(f"device={plan.options.place!r}: the cluster has no GPU; take --device cpu.")
     actors = min(len(missing), plan.options.workers or max(1, int(most)))
-    share = cluster.get("CPU", 1) / actors
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     shards = ray.data.from_items([{"index": shard.index} for shard in missing], override_num_blocks=len(missing))
     mapped = shards.map_batches(
         _ShardEncoder,
         fn_constructor_kwargs={"plan": plan, "url": getattr(out, "url", None), "work": out.work},
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=actors),
-        num_cpus=int(share) if share >= 1 else round(share - 0.005, 2),
+        num_cpus=cpus_each(nodes, actors, gpu),
         num_gpus=1 if gpu else None,
     )
     try:
@@ -75,6 +77,13 @@ def encode_with_actors(plan: Plan, out: Output, missing: Sequence[Shard], bar: A
     except ray.exceptions.RayError as error:
         lines = [line for line in str(getattr(error, "cause", None) or error).splitlines() if line.strip()]
         raise RuntimeError(f"on a node of the cluster: {lines[-1] if lines else type(error).__name__}") from error
+
+
+def cpus_each(nodes: Sequence[dict[str, float]], actors: int, gpu: bool) -> float:
+    """CPUs of an actor: an equal share, but no more than a node has, since Ray waits for ever for what none has."""
+    fit = [node.get("CPU", 0) / (node["GPU"] if gpu else 1) for node in nodes if not gpu or node.get("GPU")]
+    share = min(sum(node.get("CPU", 0) for node in nodes) / actors, (min if gpu else max)(fit))
+    return int(share) if share >= 1 else max(0.0, round(share - 0.005, 2))
 
 
 class _ShardEncoder:

@@ -131,11 +131,12 @@ def _bytes_in(value: Any) -> int:
 
 @dataclass
 class Preparer:
-    """Windows to tensors, with one processor and one instruction."""
+    """Windows to tensors, with one processor and one instruction; ``max_frames`` are pictures that the model takes."""
 
     processor: Any
     instruction: str
     token_budget: int
+    max_frames: int
 
     def __call__(self, items: Sequence[Any]) -> Prepared:
         """Decode, tokenise and batch; items that cannot be read are left out of the passes."""
@@ -159,7 +160,10 @@ class Preparer:
             loaded, (status,) = self.processor.load([item], errors="skip")
             if not loaded:
                 return f"{status.field}: {status.reason}" if status.field else status.reason
-            sequence = self.processor.sequence(layout_of(loaded[0]), self.instruction)
+            layout = layout_of(loaded[0])
+            if layout.num_images > self.max_frames:  # the model would refuse the whole pass
+                return f"images: {layout.num_images} pictures and frames, more than the model's {self.max_frames}"
+            sequence = self.processor.sequence(layout, self.instruction)
             made = self.processor.assemble(loaded, [sequence])
             return Row(sequence, {name: value.numpy() for name, value in made.items() if name not in ROWWISE})
         except MemoryError:

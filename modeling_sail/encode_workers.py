@@ -23,7 +23,7 @@ from queue import SimpleQueue
 from typing import Any, Self
 
 import torch
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoProcessor
 from transformers.utils import logging
 
 from .encode_window import Prepared, Preparer, Window
@@ -45,7 +45,8 @@ class PreparerSettings:
 
     def make(self) -> Preparer:
         """Load the processor."""
-        return Preparer(AutoProcessor.from_pretrained(self.model), self.instruction, self.token_budget)
+        processor, config = AutoProcessor.from_pretrained(self.model), AutoConfig.from_pretrained(self.model)
+        return Preparer(processor, self.instruction, self.token_budget, config.max_frames)
 
 
 def default_workers(device: str) -> int:
@@ -160,9 +161,15 @@ class _Worker:
         for _ in range(STARTS):
             if self._closed:
                 raise RuntimeError("the job is over")
-            self._pipe, theirs = context.Pipe()
-            self._process = context.Process(target=_serve, args=(theirs, self.settings), daemon=True)
-            self._process.start()
+            try:
+                self._pipe, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(theirs, self.settings), daemon=True)
+                process.start()
+            except OSError as error:  # the machine's fault: no item is to be blamed for it
+                raise RuntimeError(
+                    f"a worker process cannot be started ({error}); take fewer --workers, or 0"
+                ) from error
+            self._process = process
             theirs.close()  # no other may hold that end, or the process's death would not be noticed
             if self._closed:  # since the look above
                 self._process.kill()

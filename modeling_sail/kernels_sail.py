@@ -82,7 +82,7 @@ def for_inference(module: Any, probe: Tensor | None = None, field: str = "") -> 
     gains = (probe is not None and _folds(module), onednn_pays())
     if not any(gains) or not _may_have_twin(module):
         return module
-    key = (gains, _state(module))
+    key = (gains, getattr(getattr(module, "config", None), "_attn_implementation", None), _state(module))
     known = _TWINS.get(module)
     if known is None or known[0] != key:
         known = (key, _twin(module, probe if gains[0] else None, field))
@@ -208,9 +208,15 @@ def _traced() -> bool:
     return torch.jit.is_tracing() or torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
 
 
-def _state(module: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Where each weight lies and how often it was written: differs when the weights do."""
-    return tuple((tensor.data_ptr(), tensor._version) for tensor in (*module.parameters(), *module.buffers()))
+def _state(module: nn.Module) -> tuple[tuple[int, int, str], ...]:
+    """Where each weight lies, how often it was written, and its first number: differs when the weights do.
+
+    Writes through ``.data``, as PEFT's when it merges, are not counted; only the number tells of them.
+    """
+    return tuple(
+        (tensor.data_ptr(), tensor._version, str(tensor[(0,) * tensor.ndim].item()) if tensor.numel() else "")
+        for tensor in (*module.parameters(), *module.buffers())
+    )
 
 
 def _folds(module: nn.Module) -> bool:

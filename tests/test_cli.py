@@ -57,6 +57,12 @@ def test_a_bad_item_is_a_row_with_its_reason(catalogue, tiny_folder, tmp_path) -
     assert not (tmp_path / "x.parquet.parts").exists()
 
 
+def test_a_file_of_no_item_at_all_is_no_success(tiny_folder, tmp_path, capsys) -> None:
+    (tmp_path / "notes.md").write_text("# no items\n\nbut prose\n")
+    assert encode(tmp_path / "notes.md", tiny_folder, tmp_path / "x.parquet") == 2
+    assert "no item of" in capsys.readouterr().err and pq.read_table(tmp_path / "x.parquet").num_rows == 2
+
+
 def test_a_killed_job_resumes_to_the_same_bytes(catalogue, tiny_folder, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(encode_job, "WINDOW", 2)
     whole, broken = tmp_path / "whole.parquet", tmp_path / "broken.parquet"

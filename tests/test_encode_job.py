@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,6 +18,7 @@ import soundfile
 from sentence_transformers import SentenceTransformer
 
 from modeling_sail import encode_files, encode_job, encode_output, encode_source, encode_window, encode_workers
+from modeling_sail.cli import main
 from modeling_sail.encode_job import Options, encode, encode_here
 from modeling_sail.encode_output import Output
 from modeling_sail.encode_source import read_items
@@ -325,6 +327,35 @@ def test_an_item_that_kills_its_process_is_a_row_and_harms_no_other(run, tmp_pat
     for row, other in zip(rows[:7] + rows[8:], whole[:7] + whole[8:], strict=True):
         assert row["status"] == other["status"]
         np.testing.assert_allclose(row["embedding"] or [], other["embedding"] or [], atol=1e-5)
+
+
+def test_an_item_of_more_pictures_than_the_model_takes_is_a_row_and_harms_no_other(run, items, tmp_path):
+    source = tmp_path / "many.jsonl"
+    rows = [{"title": "one"}, {"images": [str(items.parent / "0.png")] * 17}, {"title": "three"}]
+    source.write_text("\n".join(map(json.dumps, rows)))
+    run(tmp_path / "x.parquet", source)
+    found = pq.read_table(tmp_path / "x.parquet").to_pylist()
+    assert [row["status"] for row in found] == ["ok", "error", "ok"]
+    assert found[1]["reason"] == "images: 17 pictures and frames, more than the model's 16"
+
+
+def test_a_process_that_cannot_be_started_is_no_items_fault(tiny_folder, monkeypatch):
+    def no_handles() -> None:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    with Workers(PreparerSettings(tiny_folder, "", 9), 1) as workers:
+        monkeypatch.setattr(encode_workers, "_context", lambda: SimpleNamespace(Pipe=no_handles))
+        with pytest.raises(RuntimeError, match="cannot be started .*too many open files"):
+            list(workers.prepared([(encode_window.Window(0, 0, ["a"], ["a"], ""), True)]))
+
+
+def test_a_user_who_stops_the_command_sees_one_line(items, tiny_folder, tmp_path, monkeypatch, capsys):
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(encode_job, "open_source", stopped)
+    assert main(["encode", str(items), "--model", str(tiny_folder), "--out", str(tmp_path / "x")]) == 130
+    assert capsys.readouterr().err == "sail encode: stopped\n"
 
 
 def test_workers_that_cannot_begin_say_why(tmp_path):

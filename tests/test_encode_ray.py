@@ -100,3 +100,17 @@ def test_a_place_that_actors_cannot_share_is_refused_at_once(out, message, items
     arguments = ["encode", str(items), "--model", str(tiny_folder), "--out", out, "--engine", "ray"]
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("nodes", "actors", "gpu", "each"),
+    [
+        ([{"CPU": 8}], 2, False, 4),
+        ([{"CPU": 2}], 3, False, 0.66),
+        ([{"CPU": 4}, {"CPU": 8}], 1, False, 8),  # a last shard: all CPUs of the cluster are on no node
+        ([{"CPU": 64}, {"CPU": 8, "GPU": 1}, {"CPU": 32, "GPU": 2}], 3, True, 8),
+        ([{}, {"CPU": 4}], 8, False, 0.49),
+    ],
+)
+def test_an_actor_asks_for_no_more_than_a_node_has(nodes, actors, gpu, each) -> None:
+    assert encode_ray.cpus_each(nodes, actors, gpu) == pytest.approx(each, abs=0.011)

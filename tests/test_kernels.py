@@ -110,6 +110,26 @@ def test_a_twin_follows_the_weights(vision, packed) -> None:
     torch.testing.assert_close(fast, plain)
 
 
+def test_a_twin_follows_weights_that_are_written_through_data(vision, packed) -> None:
+    values = torch.randn(2, 3, 32, 32)
+    both(vision, values)
+    for tensor in vision.parameters():
+        tensor.data.mul_(1.1)  # torch does not count it
+    fast, plain = both(vision, values)
+    torch.testing.assert_close(fast, plain, rtol=1e-3, atol=1e-4 * float(plain.abs().max()))
+
+
+def test_a_twin_follows_the_attention_that_is_chosen_and_weights_that_are_no_numbers(packed) -> None:
+    tower = build_tower(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
+    with torch.no_grad():
+        assert for_inference(tower.eval()).config._attn_implementation != "eager"
+        tower.set_attn_implementation("eager")
+        twin = for_inference(tower)
+        assert twin is not tower and twin.config._attn_implementation == "eager"
+        next(tower.parameters()).fill_(float("nan"))
+        assert for_inference(tower) is for_inference(tower)  # not made anew each time
+
+
 def test_a_twin_changes_nothing_of_its_module(vision) -> None:
     before = copy.deepcopy(vision.state_dict())
     strides = {name: tensor.stride() for name, tensor in vision.state_dict().items()}
