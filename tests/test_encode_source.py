@@ -128,7 +128,7 @@ def test_a_folder_of_item_files_is_these_and_the_jobs_own_files_are_none(tmp_pat
     [
         ("none", None, "neither a JSONL or Parquet file nor a folder"),
         ("x.jsonl", b"\n \n", "holds no items"),
-        ("x.jsonl.gz", gzip.compress(b'{"title": "x"}\n' * 500)[:40], "not a whole gzip file"),
+        ("x.jsonl.gz", gzip.compress(b'{"title": "x"}\n' * 500, mtime=0)[:40], "not a whole gzip file"),
         ("x.jsonl.gz", b"plain", "not a whole gzip file"),
         ("x.parquet", b"PAR1 and no more", "not a whole Parquet file"),
     ],
