@@ -35,7 +35,7 @@ def test_lancedb_finds_what_our_exact_index_finds(tmp_path, monkeypatch, shards)
             start = 300 * number
             write(place / f"part-{number:05d}.parquet", vectors[start : start + 300], {start % 7}, first=start)
         (place / "manifest.json").write_text(json.dumps({"finished": True}))
-        instead = re.search(r'# a folder of shards: (ds\.dataset\("items".*\))', code)[1]
+        instead = re.search(r"# a folder of shards: (ds\.dataset\(.*\))", code)[1]
         code = code.replace('ds.dataset("items.parquet")', instead)
     else:
         write(place, vectors, {3, 899})

@@ -121,7 +121,7 @@ def _kill_often(command: list[str], kills: int, seconds: float) -> tuple[int, in
     for _ in range(kills):
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             try:
-                process.wait(timeout=chooser.uniform(0, 2 * seconds / (kills + 1)))
+                process.wait(timeout=chooser.uniform(0, seconds / (kills + 1)))
                 return came, left  # it was done before
             except subprocess.TimeoutExpired:
                 tree = _tree(process.pid)
