@@ -129,7 +129,9 @@ class ItemEmbedder:
             return []
         vectors = self._encode(items, prompt_name, side, errors="skip")
         bad = [place for place, vector in enumerate(vectors) if not np.isfinite(vector).all()]
-        _, statuses = self.model[0].processor.load([items[place] for place in bad], errors="skip")
+        instruction = self.model.prompts.get(prompt_name, "") if prompt_name else ""
+        failed = [items[place] for place in bad]
+        _, statuses = self.model[0].processor.load(failed, errors="skip", instruction=instruction)
         rows = list(vectors)
         for place, status in zip(bad, statuses, strict=True):
             rows[place] = f"{status.field}: {status.reason}" if status.status == "error" else rows[place]

@@ -58,11 +58,13 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument("--dim", type=int, help="keep this many leading dimensions")
     encode.add_argument("--device", help="as torch names it; cuda where there is one, else cpu")
     encode.add_argument("--dtype", default="float32", help="of the model: float32 | bfloat16")
+    encode.add_argument("--packed", action="store_true", help="rows without padding on CUDA too, with bfloat16")
     encode.add_argument(
         "--token-budget", type=int, metavar="TOKENS", help="of one pass; by default what suits the device"
     )
     encode.add_argument("--shard-size", type=int, default=16_384, metavar="ITEMS", help="of one file")
     encode.add_argument("--workers", type=int, help="processes that decode (0: none but this); with Ray, actors")
+    encode.add_argument("--item-seconds", type=float, default=300.0, help="what takes longer to decode is an error")
     encode.add_argument("--engine", choices=("local", "ray"), default="local")
     encode.add_argument("--address", help="of a Ray cluster; by default one is started here")
     encode.set_defaults(run=_encode)
@@ -84,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         search.add_argument(f"--{field}", help="the query, or a part of it")
     search.add_argument("--task", default="q2i", help="task family of the instruction; 'none' for no instruction")
     search.add_argument("--top", type=int, default=10)
+    search.add_argument("--verify", action="store_true", help="hash all of an index first; else large files in part")
     search.set_defaults(run=_search)
 
     train = commands.add_parser("train", help="run a recipe's stages; a killed run goes on where it stopped")
@@ -209,7 +212,7 @@ def _encode(args: argparse.Namespace) -> None:
     from .encode_job import Options, encode, encode_here
     from .encode_output import Output
 
-    names = ("side", "dim", "dtype", "token_budget", "shard_size", "device", "workers")
+    names = ("side", "dim", "dtype", "packed", "token_budget", "shard_size", "device", "workers", "item_seconds")
     options = Options(task=_task(args.task), **{name: getattr(args, name) for name in names})
     if args.engine == "ray":
         from .encode_ray import encode_on_ray
@@ -239,7 +242,7 @@ def _search(args: argparse.Namespace) -> None:
     query = {field: value for field in ("text", "image", "audio", "video") if (value := getattr(args, field))}
     if not query:
         raise ValueError("give a query: --text, --image, --audio or --video")
-    index = load_index(args.index)
+    index = load_index(args.index, args.verify)
     if index.manifest.get("model") and args.model.is_dir():
         require_model(index, model_hash(args.model))
     module = load_module(args.model)

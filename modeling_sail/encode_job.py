@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoProcessor, BatchFeature
 
@@ -23,17 +24,19 @@ from .encode_files import table_of
 from .encode_output import FORMAT, Job, Output, WindowFiles, shard_name
 from .encode_source import Shard, Source, open_source, stretches
 from .encode_window import Cost, Prepared, Window, cut_windows
-from .encode_workers import PreparerSettings, Workers, default_workers
+from .encode_workers import ITEM_SECONDS, PreparerSettings, Workers, default_workers
 from .fingerprints import model_hash
 from .items_sail import ItemStatus
-from .processing_sail import TOKEN_BUDGET
-from .sentence_transformer_sail import ACCELERATOR_TOKEN_BUDGET, SailSentenceTransformer
+from .packing_sail import PACKED
+from .processing_sail import SailEmbeddingProcessor
+from .sentence_transformer_sail import SailSentenceTransformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHARD_SIZE = 16_384
 WINDOW = 256  # items at most: what a kill can cost, and within which items are sorted by length
 WINDOW_BYTES = 1 << 27  # of raw items and the tensors made of them, at most: of these a few windows are in memory
 IN_MEMORY = 64  # items of a window of `encode_items`
+MOST_SECONDS = 1_000_000  # eleven days; the system's own clock of waiting ends not much later
 
 
 @dataclass(frozen=True)
@@ -45,27 +48,35 @@ class Options:
         side: "query" or "target".
         dim: leading dimensions to keep, normalised again; all by default.
         dtype: "float32" or "bfloat16", of the model; the vectors are float32.
+        packed: lay the rows of a pass end to end, without padding, on CUDA as well (packing_sail.py).
         token_budget: padded tokens of one pass of the model; what suits the device by default.
         shard_size: items of one file.
         device: as torch names it; by default "cuda" where there is one, else "cpu".
         workers: processes that decode (0: none but this one); with Ray, actors. By default by the number of cores.
+        item_seconds: an item that takes longer to decode becomes a row with that reason; not with 0 workers.
     """
 
     task: str | None = "q2i"
     side: str = "target"
     dim: int | None = None
     dtype: str = "float32"
+    packed: bool = False
     token_budget: int | None = None
     shard_size: int = SHARD_SIZE
     device: str | None = None
     workers: int | None = None
+    item_seconds: float = ITEM_SECONDS
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}.")
-        for name in ("dim", "token_budget", "shard_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name, least in (("dim", 1), ("token_budget", 1), ("shard_size", 1), ("workers", 0)):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not (whole and value >= least) and (value is not None or name == "shard_size"):
+                raise ValueError(f"{name}={value!r} must be a whole number, at least {least}.")
+        if not isinstance(self.item_seconds, (int, float)) or not 0 < self.item_seconds <= MOST_SECONDS:
+            raise ValueError(f"item_seconds={self.item_seconds!r} must be a number above 0, at most {MOST_SECONDS}.")
 
     @property
     def place(self) -> str:
@@ -75,7 +86,7 @@ class Options:
     @property
     def budget(self) -> int:
         """The token budget, where none was named."""
-        return self.token_budget or (TOKEN_BUDGET if self.place == "cpu" else ACCELERATOR_TOKEN_BUDGET)
+        return self.token_budget or SailEmbeddingProcessor.default_token_budget(self.place)
 
 
 @dataclass(frozen=True)
@@ -172,12 +183,19 @@ def _described(model: Path, options: Options) -> tuple[Job, Cost]:
         "instruction": processor.instruction_for(options.task, options.side),
         "dim": options.dim or width,
         "dtype": options.dtype,
+        "packed": options.packed,
         "token_budget": options.budget,
         "shard_size": options.shard_size,
         "device": torch.device(options.place).type,
         "window": [WINDOW, WINDOW_BYTES],
+        **_versions(),
     }
     return {"format": FORMAT, "model": model_hash(model), "settings": settings}, Cost(processor)
+
+
+def _versions() -> dict[str, str]:
+    """Of what computes the vectors and decodes the text: with others, the last bits may come out otherwise."""
+    return {"torch": str(torch.__version__), "transformers": transformers.__version__}
 
 
 def _refuse_changed(plan: Plan, done: dict[int, dict[str, Any]]) -> None:
@@ -223,10 +241,13 @@ class Encoder:
     def __init__(self, plan: Plan, workers: int) -> None:
         self.plan = plan
         said = plan.job["settings"]
+        if other := [f"{name} {here}, not {said[name]}" for name, here in _versions().items() if here != said[name]]:
+            raise ValueError(f"this machine has {' and '.join(other)}, which the job began with; install the same.")
         settings = PreparerSettings(plan.model, said["instruction"], said["token_budget"])
-        self.pool = Workers(settings, workers)
+        self.pool = Workers(settings, workers, plan.options.item_seconds)
         self.pool.__enter__()  # its imports and the model's weights come at the same time
-        self.module = load_module(plan.model, plan.options.place, DTYPES[plan.options.dtype])
+        attention = PACKED if plan.options.packed else None
+        self.module = load_module(plan.model, plan.options.place, DTYPES[plan.options.dtype], attention)
 
     def __enter__(self) -> Encoder:
         return self
@@ -338,14 +359,17 @@ def encode_items(
     return np.concatenate(vectors) if vectors else np.empty((0, 0), np.float32), statuses
 
 
-def load_module(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> SailSentenceTransformer:
-    """The model of a folder, ready to encode, with the installed code.
+def load_module(
+    folder: Path, device: str = "cpu", dtype: torch.dtype | None = None, attention: str | None = None
+) -> SailSentenceTransformer:
+    """The model of a folder, ready to encode, with the installed code; ``attention`` as transformers names it.
 
     Raises:
         ValueError: the folder is not one that `sail build` or ``save_pretrained`` wrote.
     """
     _refuse_no_model(folder)
-    kwargs = {} if dtype is None else {"dtype": dtype}
+    asked = {"dtype": dtype, "attn_implementation": attention}
+    kwargs = {name: value for name, value in asked.items() if value is not None}
     return SailSentenceTransformer.load(str(folder), model_kwargs=kwargs).to(device).eval()
 
 

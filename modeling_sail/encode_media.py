@@ -1,13 +1,15 @@
 """A folder of media as items: files of one name but for the ending are one item.
 
 Unusual: the folder is read directory by directory, each in the order of its names and before those in it, so that a
-walk can begin in the middle, and no more than one directory's names are in memory.
+walk can begin in the middle, and no more than one directory's names are in memory. All pictures of a name are the
+item's; of its sounds, videos and texts the first by name is, and a warning tells which files are passed over.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,10 @@ SUFFIXES = {
     "text": (".txt",),
 }
 FIELD_OF = {suffix: field for field, suffixes in SUFFIXES.items() for suffix in suffixes}
+MAX_NAMED = 3  # files that a warning names
 MAX_TEXT = 1 << 24  # bytes of a text file; the rest would be cut from the sequence anyway
+
+logger = logging.getLogger(__name__)
 
 
 class BadLine:
@@ -60,9 +65,21 @@ class FolderItems:
         self.leave_out = leave_out
 
     def positions(self) -> Iterator[tuple[str, int]]:
+        """As `Items.positions`; at the end it warns of files that are in no item."""
+        count, first = 0, []
         for directory, groups in self._groups():
-            for number in range(len(groups)):
+            for number, names in enumerate(groups.values()):
                 yield directory, number
+                for name, taken in _passed_over(names):
+                    count += 1
+                    if count <= MAX_NAMED:
+                        first.append(f"{Path(directory) / name} ({taken} is taken)")
+        if count:
+            logger.warning(
+                "%s: %d file(s) are passed over, since an item has one sound, one video and one text, the first by "
+                "name: %s%s. Give them names of their own to have them embedded.",
+                *(self.folder, count, ", ".join(first), ", ..." if count > len(first) else ""),
+            )
 
     def items(self, position: Any = None) -> Iterator[tuple[str, Any, bytes]]:
         start, skipped = position or ("", 0)
@@ -110,6 +127,15 @@ class FolderItems:
             else:
                 item.setdefault(field, value)
         return item, b"\0".join(seen)
+
+
+def _passed_over(names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Of an item's sorted files those that are not part of it, each with the one that is in its place."""
+    taken: dict[str, str] = {}
+    for name in names:
+        field = FIELD_OF[Path(name).suffix.lower()]
+        if taken.setdefault(field, name) != name and field != "image":
+            yield name, taken[field]
 
 
 def _status(path: Path) -> tuple[int, int]:

@@ -6,8 +6,6 @@ to go on after a kill lies in ``.work`` of the folder (for one file, ``<out>.par
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +17,7 @@ from typing import Any
 from .encode_files import put_in_place, read_json, read_tables, said_of, write_file, write_json
 from .encode_source import Shard, Source
 from .encode_window import Window
+from .whole_folder import locked
 
 FORMAT = 1  # of manifests and files
 MANIFEST, PLAN = "manifest.json", ".work/plan.json"
@@ -50,7 +49,11 @@ class Output:
             raise ValueError(f"--out {out}: embeddings are written as X.parquet, or as a folder of Parquet files.")
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"--out {out}: {self.folder} is a file; name another place, or X.parquet.")
-        if not self.single and out.is_dir() and not self.work.is_dir() and any(out.iterdir()) and not self.manifest():
+        if not self.single and out.is_dir():
+            self._refuse_foreign(str(out), {path.name for path in out.iterdir()})
+
+    def _refuse_foreign(self, out: str, names: set[str]) -> None:
+        if names and self.work.name not in names and not self.manifest():
             raise ValueError(f"--out {out}: the folder holds other things and no {MANIFEST}; name a new or empty one.")
 
     # -- the job -----------------------------------------------------------------------------------------------------
@@ -107,7 +110,7 @@ class Output:
         if differences:
             raise ValueError(
                 f"{self.folder if not self.out.exists() else self.out} is of another job ({'; '.join(differences)}); "
-                "delete it or name another --out."
+                "go on with what it was begun with, delete it, or name another --out."
             )
 
     @contextmanager
@@ -117,18 +120,8 @@ class Output:
         Raises:
             ValueError: another process is at it.
         """
-        path = self.work / "lock"
-        while True:
-            self.work.mkdir(parents=True, exist_ok=True)
-            with path.open("a") as handle:
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise ValueError(f"another process writes {self.out} at this moment; wait for it.") from None
-                # The one that held it may have finished, and removed this very file, since it was opened.
-                if path.exists() and os.fstat(handle.fileno()).st_ino == path.stat().st_ino:
-                    yield
-                    return
+        with locked(self.work / "lock", self.out):
+            yield
 
     # -- the plan ----------------------------------------------------------------------------------------------------
 

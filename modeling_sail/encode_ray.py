@@ -119,7 +119,7 @@ class RemoteOutput(Output):
     """A folder behind a URL of fsspec. There is no lock: two jobs at once write the same bytes twice.
 
     Raises:
-        ValueError: one file is asked for, or a place that only one process sees.
+        ValueError: one file is asked for, a place that only one process sees, or one that holds other things.
     """
 
     def __init__(self, url: str) -> None:
@@ -128,10 +128,23 @@ class RemoteOutput(Output):
         if url.startswith("memory://"):
             raise ValueError("--out memory://... is seen by one process only; name a path or another URL.")
         self.url = url
-        self.out = self.folder = self.work = Path(url)  # for messages
+        self.out = self.folder = Path(url)  # for messages
+        self.work = self.folder / ".work"
         self.single = False
         self.system, self.root = fsspec.url_to_fs(url)
+        if self.system.isfile(self.root):
+            raise ValueError(f"--out {url}: this is a file; name another place.")
+        self._refuse_foreign(url, self._names())
         self.system.makedirs(self.root, exist_ok=True)
+
+    def _names(self) -> set[str]:
+        """What lies in the folder; object stores may list the folder itself, too."""
+        self.system.invalidate_cache()  # some systems keep their listings
+        try:
+            paths = {path.rstrip("/") for path in self.system.ls(self.root, detail=False)}
+        except FileNotFoundError:
+            return set()
+        return {path.rsplit("/", 1)[-1] for path in paths - {self.root.rstrip("/")}}
 
     def locked(self) -> Any:
         return nullcontext()

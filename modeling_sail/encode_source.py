@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from .encode_media import BadLine, FolderItems, is_media, walk
+from .encode_media import FIELD_OF, BadLine, FolderItems, is_media, walk
 from .items_sail import KNOWN_FIELDS
 
 Item = tuple[str, Any, bytes]  # id, the item or a BadLine, and the bytes by which a change of it is noticed
@@ -117,25 +117,40 @@ def open_source(path: Path, leave_out: Sequence[Path] = ()) -> Source:
     A JSONL line is an item; media paths are relative to its file; without an ``id`` its line number is one. A Parquet
     file has the fields of items as columns, what is no field is passed over. In a folder of several such files that
     number follows the file's name. In a folder of media, files of the same name but for the ending are one item:
-    ``cat.png``, ``cat.ogg`` and ``cat.txt`` (its text). A folder with JSONL or Parquet files of items is read as these;
-    media in it are what their lines name.
+    ``cat.png``, ``cat.ogg`` and ``cat.txt`` (its text). Several pictures of a name are all the item's; of several
+    sounds, videos or texts the first by name is, and a warning tells which files are passed over. A folder with JSONL
+    or Parquet files of items is read as these; media in it are what their lines name.
 
     Args:
         path: the file or folder.
         leave_out: files and folders of the job itself, which may lie in the folder.
 
     Raises:
-        ValueError: the source is none of these or empty, or a Parquet file is broken or has no field of an item.
+        ValueError: the source is none of these (such as one picture, or one JSON array) or empty, or a Parquet file is
+            broken or has no field of an item.
     """
     if path.is_dir():
         source = Source(path, _parts_of_folder(path, {place.resolve() for place in leave_out}))
     elif path.is_file():
+        _refuse_medium(path)
         source = Source(path, [ParquetItems(path) if path.suffix in (".parquet", ".pq") else JsonLines(path)])
     else:
         raise ValueError(f"{path} is neither a JSONL or Parquet file nor a folder.")
+    for part in source.parts:
+        if isinstance(part, JsonLines):
+            part.refuse_one_value()
     if not any(True for part in source.parts for _ in part.positions()):
         raise ValueError(f"{path} holds no items: a JSONL file has one JSON object a line, a folder media files.")
     return source
+
+
+def _refuse_medium(path: Path) -> None:
+    field = FIELD_OF.get(path.suffix.lower(), "text")
+    if field != "text":  # which a .txt of lines may be
+        raise ValueError(
+            f'{path} is one {field} file, no list of items; name its folder, or a JSONL file with a line {{"{field}": '
+            f"{json.dumps(path.name)}}}."
+        )
 
 
 def _parts_of_folder(folder: Path, leave_out: set[Path]) -> list[Items]:
@@ -180,6 +195,20 @@ class JsonLines:
     def files(self) -> Iterator[tuple[str, int, int]]:
         status = self.path.stat()
         yield self.prefix, status.st_size, status.st_mtime_ns
+
+    def refuse_one_value(self) -> None:
+        """Raises ValueError where the file is one array, or one object over many lines, by its first two lines.
+
+        Of several lines only such count that nobody writes as items: a bad first line is a row like another.
+        """
+        lines = [line.removeprefix(BOM).strip() for _, _, line in islice(self._lines(0, 0), 2)]
+        first, second = (lines + [b"", b""])[:2]
+        array = first in (b"[", b"[{") or (first.startswith(b"[") and (not second or first.endswith(b",")))
+        if array or (first == b"{" and not second.startswith(b"{")):
+            raise ValueError(
+                f"{self.path} holds one JSON {'array' if array else 'object over several lines'}; items are JSONL, one "
+                f"object a line: write it so (jq -c '{'.[]' if array else '.'}' does)."
+            )
 
     def _lines(self, offset: int, number: int) -> Iterator[tuple[int, int, bytes]]:
         """Offset, number and bytes of every line that is not blank; of one that is too long, its beginning."""

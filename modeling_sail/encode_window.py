@@ -131,14 +131,13 @@ def _bytes_in(value: Any) -> int:
 
 @dataclass
 class Preparer:
-    """Windows to tensors, with one processor and one instruction; ``max_frames`` are pictures that the model takes."""
+    """Windows to tensors, with one processor and one instruction."""
 
     processor: Any
     instruction: str
     token_budget: int
-    max_frames: int
 
-    def __call__(self, items: Sequence[Any]) -> Prepared:
+    def __call__(self, items: Iterable[Any]) -> Prepared:
         """Decode, tokenise and batch; items that cannot be read are left out of the passes."""
         rows, reasons = {}, []
         for place, item in enumerate(items):
@@ -157,13 +156,10 @@ class Preparer:
         if isinstance(item, BadLine):
             return item.reason
         try:
-            loaded, (status,) = self.processor.load([item], errors="skip")
+            loaded, (status,) = self.processor.load([item], errors="skip", instruction=self.instruction)
             if not loaded:
                 return f"{status.field}: {status.reason}" if status.field else status.reason
-            layout = layout_of(loaded[0])
-            if layout.num_images > self.max_frames:  # the model would refuse the whole pass
-                return f"images: {layout.num_images} pictures and frames, more than the model's {self.max_frames}"
-            sequence = self.processor.sequence(layout, self.instruction)
+            sequence = self.processor.sequence(layout_of(loaded[0]), self.instruction)
             made = self.processor.assemble(loaded, [sequence])
             return Row(sequence, {name: value.numpy() for name, value in made.items() if name not in ROWWISE})
         except MemoryError:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,10 +25,12 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
+from .checked_files import describe_files
 from .encode_job import load_module
 from .fingerprints import model_hash
 from .onnx_parts import PARTS, Graph, graphs_of
 from .onnx_runtime import MANIFEST, OnnxSail, open_session, read_manifest
+from .whole_folder import refuse_other_things, whole_folder
 
 OPSET = 18  # the lowest that the exporter writes, so that old runtimes can read it
 NEWEST_OPSET = 22  # at 23 the exporter writes a RotaryEmbedding that onnxruntime 1.31 refuses in batches
@@ -73,25 +73,20 @@ def export_onnx(
         The manifest. ``not_exported`` holds the parts that could not be exported, with the reason.
 
     Raises:
-        ValueError: an unknown part, a tower that the model lacks, a bad opset, no model, something else in ``out``.
+        ValueError: an unknown part, a tower that the model lacks, a bad opset, no model, something else in ``out``,
+            another process that writes it.
         ImportError: a package is not installed. RuntimeError: nothing could be exported, or a graph is not the model.
     """
     folder, out = Path(folder), Path(out)
     _check(parts, opset)
-    _check_out(out)
-    module = load_module(folder)
-    # Not the model's own `float`: it refuses where the configuration says that a tower once was quantised.
-    torch.nn.Module.float(module.model)
-    wanted = _present(module.model, parts)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    partial.mkdir(parents=True)
-    try:
+    with whole_folder(out) as partial:
+        refuse_other_things(out, _replaceable(out), "export")
+        module = load_module(folder)
+        # Not the model's own `float`: it refuses where the configuration says that a tower once was quantised.
+        torch.nn.Module.float(module.model)
+        wanted = _present(module.model, parts)
         with torch.no_grad(), _quiet():
             manifest = _write(module, folder, partial, wanted, opset, say)
-        _move(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return manifest
 
 
@@ -107,18 +102,12 @@ def _check(parts: Sequence[str] | None, opset: int) -> None:
         raise ImportError(f"{', '.join(missing)} not installed; pip install 'sail-embedding[onnx]'")
 
 
-def _check_out(out: Path) -> None:
-    """Only nothing, an empty folder or an older export may be in the way."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
+def _replaceable(out: Path) -> set[str]:
+    """Files of an older export, if there is one."""
     try:
-        known = {MANIFEST, *read_manifest(out)["files"]}
+        return {MANIFEST, *read_manifest(out)["files"]}
     except ValueError:
-        known = set()
-    found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} if out.is_dir() else set()
-    if not known or found - known:
-        other = f"{sorted(found - known)[0]} is in {out}" if found - known else f"{out} exists"
-        raise ValueError(f"{other}, which is no export to replace; name another --out or remove it")
+        return set()
 
 
 def _present(model: Any, parts: Sequence[str] | None) -> list[str]:
@@ -155,6 +144,7 @@ def _write(
         raise RuntimeError("no part could be exported: " + "; ".join(manifest["not_exported"].values()))
     module.processor.modalities = _modalities(module.processor.modalities, manifest["parts"])
     module.processor.save_pretrained(partial / "processor")
+    manifest["files"] = describe_files(partial)
     _write_manifest(partial, manifest)
     if {"text", "fusion"} & set(manifest["parts"]):
         manifest["encode"] = _compared_whole(module, partial)
@@ -234,16 +224,6 @@ def _traced(graph: Graph, opset: int) -> Any:
     if opset not in program.model.opset_imports.values():
         raise RuntimeError(f"the exporter cannot write opset {opset} for this model; take {OPSET}")
     return program.model
-
-
-def _move(partial: Path, out: Path) -> None:
-    """Put the new folder in its place; an older export goes aside until that is done."""
-    old = out.with_name(out.name + ".partial-old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        os.replace(out, old)
-    os.replace(partial, out)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 # --- is it the model? -----------------------------------------------------------------------------------------------
@@ -351,10 +331,6 @@ def _modalities(known: Sequence[str], parts: dict[str, list[str]]) -> list[str]:
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    manifest["files"] = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths
-    }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
@@ -370,11 +346,6 @@ def _reason(error: BaseException) -> str:
         error = cause
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {said}"[:300]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

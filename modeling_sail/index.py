@@ -6,7 +6,6 @@ the full vectors, and those stay on disk, memory-mapped. An index answers with m
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +16,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from .checked_files import check_files
 from .embedding_files import EmbeddingFiles, open_embeddings, read_manifest
 from .sentence_transformer_sail import SailSentenceTransformer
 
-FORMAT, VERSION = "sail-index", 1
+FORMAT, VERSION = "sail-index", 2
 VECTORS, IDS, ID_ENDS, FIRST, MANIFEST = "vectors.npy", "ids.npy", "id_ends.npy", "first.faiss", "manifest.json"
 SPARE = 8  # candidates beyond those asked for: FAISS's last digit may order near ties otherwise than the exact cosine
 GATHERED = 1 << 26  # bytes of full vectors that are looked at together
@@ -181,8 +181,13 @@ def index_of(names: Sequence[str], vectors: np.ndarray, manifest: dict[str, Any]
     return Index(pa.array(names, pa.large_string()), unit(np.asarray(vectors, np.float32)), manifest=manifest or {})
 
 
-def load_index(path: Path) -> Index:
+def load_index(path: Path, verify: bool = False) -> Index:
     """An index: of what `sail encode` wrote, exact and in memory, or the folder that `sail index` built.
+
+    Args:
+        path: a Parquet file or a folder.
+        verify: hash all files of a folder of `sail index`. Otherwise that is done for what FAISS reads and for files
+            up to 64 MiB, larger ones are told by their sizes and places spread over them (see `checked_files`).
 
     Raises:
         ValueError: as `open_embeddings`; a folder of `sail index` that is broken or of another version.
@@ -190,22 +195,20 @@ def load_index(path: Path) -> Index:
     path = Path(path)
     manifest = read_manifest(path / MANIFEST)
     if manifest.get("format") == FORMAT:
-        return _load_folder(path, manifest)
+        return _load_folder(path, manifest, verify)
     files = open_embeddings(path)
     return index_of(*_in_memory(files), manifest={"model": files.model})
 
 
-def _load_folder(folder: Path, manifest: dict[str, Any]) -> Index:
+def _load_folder(folder: Path, manifest: dict[str, Any], verify: bool) -> Index:
     if manifest.get("version") != VERSION:
         raise ValueError(f"{folder} is an index of version {manifest.get('version')}, not {VERSION}; build it again")
     try:
-        for name, size in manifest["files"].items():
-            if (folder / name).stat().st_size != size:
-                raise ValueError(f"{name} has {(folder / name).stat().st_size} bytes, not {size}")
+        check_files(folder, {name: manifest["files"][name] for name in (VECTORS, IDS, ID_ENDS)}, verify)
         ids, vectors = map_items(folder)
         if vectors.shape != (manifest["items"], manifest["dim"]):
             raise ValueError(f"{VECTORS} has the shape {vectors.shape}")
-        first = None if manifest["first"] is None else _load_first(folder / FIRST, manifest["first"], len(vectors))
+        first = None if manifest["first"] is None else _load_first(folder, manifest, len(vectors))
         return Index(ids, vectors, first, int(manifest["parameters"]["factor"]), manifest)
     except (KeyError, TypeError, AttributeError, ValueError, OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
@@ -220,14 +223,13 @@ def map_items(folder: Path) -> tuple[pa.LargeStringArray, np.ndarray]:
     return pa.LargeStringArray.from_buffers(len(vectors), pa.py_buffer(ends), pa.py_buffer(text)), vectors
 
 
-def _load_first(path: Path, known: dict[str, Any], items: int) -> FirstPass:
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != known["sha256"]:  # FAISS may crash on a broken file
-            raise ValueError(f"{path.name} is not the file that was written")
+def _load_first(folder: Path, manifest: dict[str, Any], items: int) -> FirstPass:
+    known = manifest["first"]
+    check_files(folder, {FIRST: manifest["files"][FIRST]}, whole=True)  # FAISS may crash on a broken file
     read = faiss.read_index_binary if known["binary"] else faiss.read_index
-    index = read(str(path))
+    index = read(str(folder / FIRST))
     if index.ntotal != items:
-        raise ValueError(f"{path.name} holds {index.ntotal} items, not {items}")
+        raise ValueError(f"{FIRST} holds {index.ntotal} items, not {items}")
     return FirstPass(index, int(known["dim"]))
 
 

@@ -6,12 +6,8 @@ the asked recall is reached. Memory holds a block of vectors, a sample to train 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +17,7 @@ import numpy as np
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
+from .checked_files import describe_files
 from .embedding_files import EmbeddingFiles, open_embeddings
 from .index import (
     FIRST,
@@ -50,6 +47,7 @@ from .index_recall import (
     milliseconds,
     raise_effort,
 )
+from .whole_folder import refuse_other_things, whole_folder
 
 KINDS = ("flat", "ivf", "ivf-pq", "opq", "hnsw")
 PRECISIONS = ("float32", "int8", "binary")
@@ -133,37 +131,28 @@ def build_index(
         The folder's manifest: settings, measured recall, bytes an item, milliseconds a query.
 
     Raises:
-        ValueError: another kind or precision, a recall outside (0, 1], `open_embeddings`, or ``out`` is something else.
+        ValueError: another kind or precision, a recall outside (0, 1], as `open_embeddings`, ``out`` is something else,
+            or another process writes it.
     """
     _check(kind, precision, recall, first_pass)
     started = time.perf_counter()
     files = open_embeddings(embeddings)
-    _check_out(out, embeddings)
-    with _partial(out) as partial:
-        _copy(files, partial)
-        held = held_items(partial / VECTORS, files.ok, seed)
+    if out.resolve() == embeddings.resolve():
+        raise ValueError(f"{out} holds the embeddings; name another folder for the index")
+    with whole_folder(out) as folder:
+        refuse_other_things(out, _replaceable(out), "index")
+        _copy(files, folder)
+        held = held_items(folder / VECTORS, files.ok, seed)
         plan = _plan(files, kind, precision, first_pass, recall, held)
-        index, trained_on = Index(*map_items(partial)), 0
+        index, trained_on = Index(*map_items(folder)), 0
         if not plan.exact(files.dim):
-            index, trained_on = _with_first_pass(index, plan, partial, seed)
+            index, trained_on = _with_first_pass(index, plan, folder, seed)
             index = raise_effort(index, held, recall)
         manifest = _describe(index, plan, files, held, recall) | {"trained_on": trained_on, "seed": seed}
         manifest["asked"] = {"kind": kind, "recall": recall, "precision": precision, "first_pass": first_pass}
         manifest["build_seconds"] = round(time.perf_counter() - started, 2)
-        _finish(partial, out, index, manifest)
+        _finish(folder, index, manifest)
     return manifest
-
-
-@contextmanager
-def _partial(out: Path) -> Iterator[Path]:
-    """A new folder beside ``out`` to build in; what is left of it, also by a build that was killed before, goes."""
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _check(kind: str, precision: str, recall: float, first_pass: int | None) -> None:
@@ -179,14 +168,11 @@ def _check(kind: str, precision: str, recall: float, first_pass: int | None) -> 
         raise ValueError(f"first_pass={first_pass} must be at least 1")
 
 
-def _check_out(out: Path, embeddings: Path) -> None:
-    if out.resolve() == embeddings.resolve():
-        raise ValueError(f"{out} holds the embeddings; name another folder for the index")
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
+def _replaceable(out: Path) -> tuple[str, ...]:
+    """Files of an index, if there is one, be it broken."""
     manifest = out / MANIFEST
-    if not manifest.is_file() or f'"format": "{FORMAT}"' not in manifest.read_text(encoding="utf-8", errors="replace"):
-        raise ValueError(f"{out} is there already and is no index; name another folder")
+    ours = manifest.is_file() and f'"format": "{FORMAT}"' in manifest.read_text(encoding="utf-8", errors="replace")
+    return (VECTORS, IDS, ID_ENDS, FIRST, MANIFEST) if ours else ()
 
 
 # --- vectors and ids on disk ----------------------------------------------------------------------------------------
@@ -220,29 +206,18 @@ def _header(file: BinaryIO, kind: str, shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": shape})
 
 
-def _finish(partial: Path, out: Path, index: Index, manifest: dict[str, Any]) -> None:
-    """The first pass and the manifest, then the whole folder in its place."""
-    manifest["first"] = index.first and _write_first(index.first, partial / FIRST)
-    searched = FIRST if index.first else VECTORS
-    manifest["files"] = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-    sizes = {"searched": manifest["files"][searched], "disk": sum(manifest["files"].values())}
+def _finish(folder: Path, index: Index, manifest: dict[str, Any]) -> None:
+    """Write the first pass and the manifest."""
+    if index.first is not None:
+        write = faiss.write_index_binary if index.first.binary else faiss.write_index
+        write(index.first.index, str(folder / FIRST))
+    manifest["first"] = index.first and {"binary": index.first.binary, "dim": index.first.dim}
+    manifest["files"] = describe_files(folder)
+    sizes = {name: about["bytes"] for name, about in manifest["files"].items()}
+    sizes = {"searched": sizes[FIRST if index.first else VECTORS], "disk": sum(sizes.values())}
     manifest["bytes_per_item"] = {name: round(size / len(index), 1) for name, size in sizes.items()}
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    load_index(partial)  # what cannot be opened does not replace what can
-    old = out.with_name(out.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    partial.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_first(first: FirstPass, path: Path) -> dict[str, Any]:
-    write = faiss.write_index_binary if first.binary else faiss.write_index
-    write(first.index, str(path))
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"binary": first.binary, "dim": first.dim, "sha256": digest}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    load_index(folder)  # what cannot be opened does not replace what can
 
 
 # --- the plan -------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ never change their neighbours. Room: first in the house; knows no model. How med
 
 import os
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -95,7 +95,10 @@ class LoadedItem:
 
 
 def load_items(
-    items: Iterable[Given], options: LoadOptions = _DEFAULTS, errors: str = "raise"
+    items: Iterable[Given],
+    options: LoadOptions = _DEFAULTS,
+    errors: str = "raise",
+    check: Callable[[LoadedItem], None] | None = None,
 ) -> tuple[list[LoadedItem], list[ItemStatus]]:
     """Check, clean and decode a batch.
 
@@ -103,6 +106,7 @@ def load_items(
         items: dicts with any of ``KNOWN_FIELDS``; a bare string is a ``text``, a PIL image an ``image``.
         options: how media are read.
         errors: "raise" checks every item, then lists all bad ones in one error; "skip" leaves the bad ones out.
+        check: of a decoded item; it raises `ItemError` where the item is not to be taken.
 
     Returns:
         The good items, in order (``index`` tells their place), and one status for every item that came.
@@ -118,8 +122,11 @@ def load_items(
     loaded, statuses, bad = [], [], []
     for index, item in enumerate(items):
         try:
-            loaded.append(load_item(item, options, index))
-            statuses.append(ItemStatus(index, loaded[-1].id, "ok"))
+            found = load_item(item, options, index)
+            if check is not None:
+                check(found)
+            loaded.append(found)
+            statuses.append(ItemStatus(index, found.id, "ok"))
         except ItemError as error:
             bad.append(error)
             statuses.append(ItemStatus(index, error.item_id, "error", error.field, error.reason))
@@ -144,6 +151,9 @@ def load_item(item: Given, options: LoadOptions = _DEFAULTS, index: int = 0) -> 
             own_sound = options.load_audio and options.use_video_audio and "audio" not in fields
             media = load_video(fields["video"], options, own_sound)
     frames, times, audio = media
+    if len(images) + len(frames) > options.max_frames:
+        found = f"{len(images)} pictures and {len(frames)} frames, more than max_frames={options.max_frames}"
+        raise ItemError(index, item_id, "video", found)
     if "audio" in fields and options.load_audio:
         with blame("audio"):
             audio = load_sound(fields["audio"], options)
@@ -207,8 +217,8 @@ def _images(fields: Mapping[str, Given], options: LoadOptions, blame: partial) -
     for name in ("image", "images"):
         given = [fields[name]] if name == "image" and name in fields else _as_list(fields.get(name))
         with blame(name):
-            if len(pictures) + len(given) > options.max_images:
-                raise Unreadable(f"{len(pictures) + len(given)} pictures, more than max_images={options.max_images}")
+            if len(pictures) + len(given) > options.max_frames:  # before any of them is decoded
+                raise Unreadable(f"{len(pictures) + len(given)} pictures, more than max_frames={options.max_frames}")
             for number, value in enumerate(given, 1):
                 try:
                     pictures.append(load_picture(value, options))

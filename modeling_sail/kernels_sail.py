@@ -1,4 +1,5 @@
-"""What a CPU computes faster at equal results: folded batch norms, channels last, packed linears, cache-sized batches.
+"""What a CPU computes faster at equal results: folded batch norms and paddings, channels last, packed linears, batches
+that fit its cache.
 
 Unusual: the model is never changed. A module gets a twin that shares its weights; it is kept outside of the module
 tree, so that nothing of it is saved, trained or moved, and is made anew when the weights change. Only inference in
@@ -34,7 +35,8 @@ MAX_PACKED_BYTES = 2 << 30
 TOLERANCE = 1e-4
 
 _IN_PLACE = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish)
-_TWINS: WeakKeyDictionary[nn.Module, tuple[Any, nn.Module | None]] = WeakKeyDictionary()
+Gains = tuple[bool, bool, str | None]  # what a twin has: folded batch norms, packed linears, another attention
+_TWINS: WeakKeyDictionary[nn.Module, dict[Gains, tuple[Any, nn.Module | None]]] = WeakKeyDictionary()
 _plain: ContextVar[bool] = ContextVar("sail_plain_kernels", default=False)
 
 
@@ -70,7 +72,7 @@ def run_tower(tower: Any, values: Tensor, field: str) -> Tensor:
     return torch.cat([tower(part)[field] for part in values.split(size)])
 
 
-def for_inference(module: Any, probe: Tensor | None = None, field: str = "") -> Any:
+def for_inference(module: Any, probe: Tensor | None = None, field: str = "", attention: str | None = None) -> Any:
     """The module, or its faster twin where one is worth having and this is inference in float32 on a CPU.
 
     Args:
@@ -78,15 +80,16 @@ def for_inference(module: Any, probe: Tensor | None = None, field: str = "") -> 
         probe: an input of the module. Batch norms are folded only where it is given: which of them follows which
             convolution is told from the order of their names, so the outputs of both are compared once.
         field: of the output, to compare.
+        attention: what the twin of a transformers model attends with, by the name that it is registered by.
     """
-    gains = (probe is not None and _folds(module), onednn_pays())
+    gains = (probe is not None and _folds(module), onednn_pays(), attention)
     if not any(gains) or not _may_have_twin(module):
         return module
-    key = (gains, getattr(getattr(module, "config", None), "_attn_implementation", None), _state(module))
-    known = _TWINS.get(module)
+    key = (getattr(getattr(module, "config", None), "_attn_implementation", None), _state(module))
+    twins = _TWINS.setdefault(module, {})
+    known = twins.get(gains)
     if known is None or known[0] != key:
-        known = (key, _twin(module, probe if gains[0] else None, field))
-        _TWINS[module] = known
+        known = twins[gains] = (key, _twin(module, probe if gains[0] else None, field, attention))
     return module if known[1] is None else known[1]
 
 
@@ -120,14 +123,20 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(hidden, self._packed, self.bias, "none", [], "")
 
 
-def _twin(module: nn.Module, probe: Tensor | None, field: str) -> nn.Module | None:
+def _twin(module: nn.Module, probe: Tensor | None, field: str, attention: str | None) -> nn.Module | None:
     """The module again, of the same weights, with what is faster in it; None where nothing is or the numbers differ."""
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    twin = copy.deepcopy(module, shared)
+    twin: Any = copy.deepcopy(module, shared)
     changed = 0
+    if attention is not None:
+        try:
+            twin.set_attn_implementation(attention)
+        except ValueError:  # a model with an attention of its own
+            return None
+        changed += 1
     if probe is not None:
-        changed += _fold(twin)
-        twin.takes_channels_last = True  # type: ignore[assignment]
+        changed += _fold(twin) + _widen(twin) + _open(twin)
+        twin.takes_channels_last = True
     if onednn_pays():
         changed += _pack(twin)
     if not changed or (probe is not None and not _agree(module, twin, probe, field)):
@@ -151,6 +160,54 @@ def _fold(twin: nn.Module) -> int:
         if isinstance(activation, _IN_PLACE):
             activation.inplace = True  # a map less to write; seen by the comparison where the input is read again
     return folded
+
+
+def _widen(twin: nn.Module) -> int:
+    """Let each depthwise convolution pad for itself that has its padding from a module before it; how many.
+
+    More zeros on the right and below than on the left and above, as EfficientNet has them where the stride is 2, become
+    equal ones and a kernel with zeros in front: a padded copy of the largest maps costs several times the convolution.
+    """
+    widened = 0
+    for parent in twin.modules():
+        before: tuple[str, nn.Module] | None = None
+        for name, child in list(parent.named_children()):
+            if before and isinstance(before[1], nn.ZeroPad2d) and _pads_nothing(child):
+                left, right, top, bottom = before[1].padding
+                if 0 <= left <= right and 0 <= top <= bottom:
+                    _widen_kernel(child, right - left, bottom - top, (bottom, right))
+                    setattr(parent, before[0], nn.Identity())
+                    widened += 1
+            before = (name, child)
+    return widened
+
+
+def _pads_nothing(module: nn.Module) -> bool:
+    """Whether it is a convolution of one channel each, without padding of its own or holes."""
+    if not isinstance(module, nn.Conv2d) or module.groups != module.in_channels or module.padding_mode != "zeros":
+        return False
+    return module.padding in ("valid", (0, 0)) and module.dilation == (1, 1)
+
+
+def _widen_kernel(convolution: Any, columns: int, rows: int, padding: tuple[int, int]) -> None:
+    """Put zeros before the (C, 1, H, W) kernel's columns and rows; of the weight a copy."""
+    weight = nn.functional.pad(convolution.weight.detach(), (columns, 0, rows, 0))
+    convolution.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last))
+    convolution.kernel_size = tuple(weight.shape[2:])
+    convolution.padding = padding
+
+
+def _open(twin: nn.Module) -> int:
+    """Leave out squeeze-and-excite gates that are 1 whatever they see (EfficientNet-lite has none); how many."""
+    opened = 0
+    for parent in twin.modules():
+        for name, child in list(parent.named_children()):
+            gate: Any = getattr(child, "expand", None)
+            if isinstance(gate, nn.Conv2d) and isinstance(getattr(child, "act_expand", None), nn.Sigmoid):
+                if gate.bias is not None and not gate.weight.any() and bool((gate.bias.sigmoid() == 1).all()):
+                    setattr(parent, name, nn.Identity())
+                    opened += 1
+    return opened
 
 
 def _fits(convolution: nn.Module, norm: nn.BatchNorm2d) -> bool:
@@ -192,7 +249,7 @@ def _may_have_twin(module: nn.Module) -> bool:
     """Inference, in float32 on a CPU, of a module that nobody watches, traces or has wrapped."""
     if torch.is_grad_enabled() or module.training or _plain.get() or _traced():
         return False
-    if any(part._forward_hooks or part._forward_pre_hooks or hasattr(part, "_hf_hook") for part in module.modules()):
+    if any(_watched(part) for part in module.modules()):
         return False
     tensors = (*module.parameters(), *module.buffers())
     return all(
@@ -202,6 +259,12 @@ def _may_have_twin(module: nn.Module) -> bool:
         and not tensor.is_inference()  # these have no version, so a change would not be seen
         for tensor in tensors
     )
+
+
+def _watched(part: nn.Module) -> bool:
+    """Hooks, another ``forward``, or an adapter (PEFT), which is switched on and off without a weight being written."""
+    hooked = part._forward_hooks or part._forward_pre_hooks or hasattr(part, "_hf_hook")
+    return bool(hooked) or "forward" in vars(part) or hasattr(part, "base_layer")
 
 
 def _traced() -> bool:

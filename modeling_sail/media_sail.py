@@ -63,7 +63,7 @@ class LoadOptions:
         allow_urls: fetch http(s) media.
         max_pixels: a bigger picture or frame is refused before it is decoded.
         max_audio_seconds: a longer sound is cut to its first ``max_audio_seconds``; the rest is never held in memory.
-        max_images: most pictures in one item, ``image`` and ``images`` together.
+        max_frames: most pictures and frames in one item: ``image``, ``images`` and what is sampled of ``video``.
     """
 
     sampling_rate: int = 16_000
@@ -74,10 +74,10 @@ class LoadOptions:
     allow_urls: bool = False
     max_pixels: int = 100_000_000
     max_audio_seconds: float = 600.0
-    max_images: int = 64
+    max_frames: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("sampling_rate", "num_frames", "max_pixels", "max_audio_seconds", "max_images"):
+        for name in ("sampling_rate", "num_frames", "max_pixels", "max_audio_seconds", "max_frames"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be above 0.")
 

@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_sail import AUDIO, MODALITIES, PAD, PROMPT, SEGMENT_OF, TEXT, VISION, SailEmbeddingConfig
 from .kernels_sail import for_inference, run_tower
-from .packing_sail import can_pack, fuse_packed
+from .packing_sail import run_backbone
 from .perceiver_sail import TokenDecoder, VisualPerceiver
 
 # Two towers that AutoModel cannot build alone: Whisper maps to the whole model, CLAP's audio side to nothing.
@@ -72,18 +72,28 @@ class AudioAdapter(nn.Module):
 
     def forward(self, features: Tensor, group: Tensor) -> Tensor:
         """(M, T, A) features of M windows and (M,) rising item indices below G -> (G, D) tokens."""
-        projected = self.project(features, group)
-        return projected if self.decoder is None else self.decoder(nn.functional.normalize(projected, dim=-1))
+        return self.token(self._group_mean(features, group))
 
     def project(self, features: Tensor, group: Tensor) -> Tensor:
         """As `forward`, but without the decoder: (G, D)."""
-        pooled = self._pool(features)  # (M, A)
-        windows = torch.bincount(group)  # (G,)
-        total = pooled.new_zeros(len(windows), pooled.shape[1]).index_add(0, group, pooled)
-        mean = total / windows[:, None].to(total.dtype)  # (G, A)
+        return self._projected(self._group_mean(features, group))
+
+    def token(self, mean: Tensor) -> Tensor:
+        """(G, A), the mean of each item's pooled windows -> (G, D) tokens."""
+        projected = self._projected(mean)
+        return projected if self.decoder is None else self.decoder(nn.functional.normalize(projected, dim=-1))
+
+    def _projected(self, mean: Tensor) -> Tensor:
         return self.down(nn.functional.gelu(self.up(self.norm(mean))))
 
-    def _pool(self, features: Tensor) -> Tensor:
+    def _group_mean(self, features: Tensor, group: Tensor) -> Tensor:
+        pooled = self.pool(features)  # (M, A)
+        windows = torch.bincount(group)  # (G,)
+        total = pooled.new_zeros(len(windows), pooled.shape[1]).index_add(0, group, pooled)
+        return total / windows[:, None].to(total.dtype)  # (G, A)
+
+    def pool(self, features: Tensor) -> Tensor:
+        """(M, T, A) features of M windows -> (M, A)."""
         if self.score is None:
             return features.mean(dim=1)
         weights = self.score(features).float().softmax(dim=1).to(features.dtype)  # (M, T, heads)
@@ -253,6 +263,7 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
         output_modality_embeddings: bool = False,
         output_late_fusion: bool = False,
         use_all_parts: bool = False,
+        unpadded: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         **kwargs: Any,
@@ -273,6 +284,8 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
             output_late_fusion: also ``late_fusion_embeddings``.
             use_all_parts: let every part of the model take part in the gradient, those that this batch does not need
                 with a blank input and times zero: ranks wait for each other's gradients of every part.
+            unpadded: on a CPU, in inference in float32, run the backbone without its padding: the same embeddings
+                sooner, and zeros in ``last_hidden_state`` at padding; elsewhere ``attn_implementation="packed"`` does.
             output_hidden_states, output_attentions: of the backbone, as in transformers.
 
         Raises:
@@ -299,7 +312,7 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
 
         flags = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         flags = {name: flag for name, flag in flags.items() if flag is not None}
-        fused, embeddings, alone = self._read(embeds, segments, **flags, **kwargs)
+        fused, embeddings, alone = self._read(embeds, segments, unpadded=unpadded, **flags, **kwargs)
         output = SailOutput(
             embeddings=embeddings,
             modality_mask=torch.stack([(segments == SEGMENT_OF[name]).any(dim=1) for name in MODALITIES], dim=1),
@@ -381,10 +394,7 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
     # -- fusion ------------------------------------------------------------------------------------------------------
 
     def _fuse(self, embeds: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
-        tower = for_inference(self.text_tower)
-        if can_pack(tower, embeds, kwargs):
-            return fuse_packed(tower, embeds, attention_mask, **kwargs)
-        return tower(inputs_embeds=embeds, attention_mask=attention_mask, return_dict=True, **kwargs)
+        return run_backbone(self.text_tower, embeds, attention_mask, **kwargs)
 
     def _pool(self, hidden: Tensor, segments: Tensor) -> Tensor:
         """MeanPool(tanh(F(T))) over all tokens of the item (section 3.2); in float32, whatever the backbone's type."""

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812  the field's own abbreviation
 
 from .configuration_sail import AUDIO, PAD, PROMPT, TEXT, VISION
 from .modeling_sail import _mean_of_units, _segment_mean, as_tokens
@@ -93,18 +92,9 @@ class VisualTokens(nn.Module):
 
     def forward(self, features: Tensor, positions: Tensor, present: Tensor) -> Tensor:
         """(G, F, T, V) tokens of F frames, (G, F) places in their item, (G, F) booleans -> (G, K, D)."""
-        part = self.perceiver
-        tokens = part.input(part.input_norm(features)) + part.frame_positions(positions)[:, :, None]  # (G, F, T, L)
-        seen = present[..., None].expand(-1, -1, features.shape[2]).flatten(1)  # (G, F * T)
-        latents = part.latents.expand(features.shape[0], -1, -1)
-        hidden = torch.cat([latents, tokens.flatten(1, 2)], dim=1)  # (G, K + F * T, L)
-        mask = F.pad(seen, (part.num_latents, 0), value=True)[:, None, None]
-        for block in part.blocks[:-1]:
-            hidden = block(hidden, mask, hidden.shape[1])
-        tokens = part.output(part.output_norm(part.blocks[-1](hidden, mask, part.num_latents)))  # (G, K, D)
-        if part.shortcut is None:
-            return tokens
-        return tokens + part.shortcut(_masked_mean(features.mean(dim=2), present))[:, None]
+        tokens = self.perceiver.frame_tokens(features, positions)  # (G, F, T, L)
+        mean = None if self.perceiver.shortcut is None else _masked_mean(features.mean(dim=2), present)
+        return self.perceiver.resample(tokens, present, mean)
 
 
 class AudioToken(nn.Module):
@@ -116,10 +106,8 @@ class AudioToken(nn.Module):
 
     def forward(self, features: Tensor, present: Tensor) -> Tensor:
         """(G, W, T, A) tokens of W windows and (G, W) booleans -> (G, D)."""
-        part = self.adapter
-        pooled = part._pool(features.flatten(0, 1)).unflatten(0, features.shape[:2])  # (G, W, A)
-        token = part.down(F.gelu(part.up(part.norm(_masked_mean(pooled, present)))))
-        return token if part.decoder is None else part.decoder(F.normalize(token, dim=-1))
+        pooled = self.adapter.pool(features.flatten(0, 1)).unflatten(0, features.shape[:2])  # (G, W, A)
+        return self.adapter.token(_masked_mean(pooled, present))
 
 
 class Backbone(nn.Module):

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from .checked_files import check_files
 from .configuration_sail import AUDIO, VISION
 from .items_sail import ItemStatus
 from .processing_sail import SailEmbeddingProcessor
@@ -35,18 +36,26 @@ class OnnxSail:
     Args:
         folder: what `sail export` wrote.
         threads: of one operation; all cores by default.
+        verify: hash all files, also the weights beyond 64 MiB, which are else told by their size and places spread
+            over them (see `checked_files`).
 
     Raises:
         ValueError: the folder holds no export, or one that is not whole. ImportError: onnxruntime is not installed.
     """
 
-    def __init__(self, folder: str | Path, threads: int | None = None) -> None:
+    def __init__(self, folder: str | Path, threads: int | None = None, verify: bool = False) -> None:
         self.folder = Path(folder)
         if threads is not None and threads < 1:
             raise ValueError(f"threads={threads} cannot be; give 1 or more, or None for all cores.")
         self.manifest = read_manifest(self.folder)
-        check_files(self.folder, self.manifest)
+        try:
+            check_files(self.folder, self.manifest["files"], verify)
+        except ValueError as error:
+            raise ValueError(f"{error}; copy or export the folder again.") from error
         self.processor = SailEmbeddingProcessor.from_pretrained(self.folder / "processor")
+        # The first call takes the truncation and padding off that a tokenizer may be saved with. If another thread
+        # read text at that moment, tokenizers before 0.23 would raise "Already borrowed".
+        self.processor.tokenizer("")
         self.config: dict[str, Any] = self.manifest["config"]
         names = [
             name for name in self.manifest["graphs"] if not (name == "text" and "fusion" in self.manifest["graphs"])
@@ -93,7 +102,7 @@ class OnnxSail:
         if dim is not None and not 1 <= dim <= width:
             raise ValueError(f"dim={dim} cannot be; embeddings have {width} dimensions.")
         told = self.processor.instruction_for(task, side, instruction)
-        loaded, statuses = self.processor.load(items, errors, allow_urls=allow_urls, use_video_audio=use_video_audio)
+        loaded, statuses = self.processor.load(items, errors, allow_urls, use_video_audio, told)
         vectors = np.full((len(statuses), width), np.nan, np.float32)
         for places, batch in self.processor.batches(loaded, told, token_budget):
             vectors[[loaded[place].index for place in places]] = self._embed(batch)
@@ -198,17 +207,3 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is broken ({error}); export the model again.") from error
     return manifest | read
-
-
-def check_files(folder: Path, manifest: dict[str, Any]) -> None:
-    """Look whether each file is there and as long as it was.
-
-    Raises:
-        ValueError: a file is missing or cut.
-    """
-    for name, about in manifest["files"].items():
-        path, size = folder / name, about["bytes"]
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            said = "is missing" if found is None else f"has {found} bytes"
-            raise ValueError(f"{path} {said}, {size} were written; copy or export the folder again.")

@@ -1,20 +1,25 @@
 """Packed attention: the rows of a batch laid end to end, without padding; ``attn_implementation="packed"``.
 
-On CUDA in half precision it is `torch.nn.attention.varlen`, which needs no package beside torch; elsewhere each row
-attends by itself, with the same numbers. Unusual: only the fusion backbone has ragged rows; the towers of pictures and
-sound run as under "sdpa".
+On CUDA in half precision it is `torch.nn.attention.varlen`, which needs no package beside torch; elsewhere rows of one
+length attend at once, with the same numbers. Unusual: only the fusion backbone has ragged rows; the towers of pictures
+and sound run as under "sdpa".
 """
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from inspect import signature
+from itertools import groupby
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from .kernels_sail import for_inference, onednn_pays
 
 try:
     from torch.nn.attention.varlen import varlen_attn as _kernel
@@ -25,8 +30,54 @@ if varlen_attn is not None and not {"window_size", "enable_gqa"} <= set(signatur
     varlen_attn = None  # its first versions had another interface
 
 PACKED = "packed"
+_NEAR, _NEAR_HALF = 1e-4, 0.05  # how far packed rows may be from padded ones, as a share of the largest number
+_PACKS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _HALF = (torch.float16, torch.bfloat16)
+_WINDOWS = ("sliding_window", "attention_chunk_size", "local_attention")  # of configurations: tokens that a layer sees
 _UNKNOWN = ("sliding_window", "softcap", "s_aux", "position_bias")  # what a layer may ask for beside attention itself
+
+
+def run_backbone(tower: Any, embeds: Tensor, attention_mask: Tensor, unpadded: bool = False, **kwargs: Any) -> Any:
+    """A text tower's output; its rows packed where that was asked for, or is faster at the same numbers.
+
+    Args:
+        tower: a transformers text model.
+        embeds: (B, L, D).
+        attention_mask: (B, L), 1 for tokens, 0 for padding.
+        unpadded: pack in inference in float32 on a CPU, too, if the tower gives the same numbers then.
+        kwargs: for the tower.
+
+    Raises:
+        ValueError: the tower was loaded with ``attn_implementation="packed"`` and gives other numbers then.
+    """
+    chosen = None
+    if unpadded and embeds.device.type == "cpu" and not torch.compiler.is_compiling():
+        if onednn_pays() or not bool(attention_mask.all()):  # without padding only the twin's linears may be worth it
+            chosen = _packed_twin(tower)
+    if chosen is None:  # not before: each twin may hold the linears once more
+        chosen = for_inference(tower)
+    if _attention(chosen) == PACKED and _can_pack(chosen, embeds, attention_mask, kwargs):
+        try:
+            return fuse_packed(chosen, embeds, attention_mask, **kwargs)
+        except ValueError:
+            if _attention(tower) == PACKED:
+                raise
+    return chosen(inputs_embeds=embeds, attention_mask=attention_mask, return_dict=True, **kwargs)
+
+
+def _attention(tower: Any) -> str | None:
+    return getattr(tower.config, "_attn_implementation", None)
+
+
+def _packed_twin(tower: Any) -> Any:
+    """The tower with packed attention, if it has a twin and that gives the same numbers; or None.
+
+    The tower itself keeps its attention; who chose another one than "sdpa" keeps that.
+    """
+    if _attention(tower) != "sdpa":
+        return None
+    twin = for_inference(tower, attention=PACKED)
+    return twin if twin is not tower and _attention(twin) == PACKED and _packs(twin) else None
 
 
 def fuse_packed(tower: Any, embeds: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
@@ -44,25 +95,58 @@ def fuse_packed(tower: Any, embeds: Tensor, attention_mask: Tensor, **kwargs: An
     lengths = there.sum(dim=1)  # (B,)
     bounds = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)  # (B + 1,)
     positions = (there.cumsum(dim=1) - 1)[there]  # (T,)
-    output = tower(
-        inputs_embeds=embeds[there][None],
-        position_ids=positions[None],
-        bounds=bounds,
-        longest=int(lengths.max()),
-        return_dict=True,
-        **kwargs,
-    )
+    kwargs |= {"bounds": bounds, "longest": int(lengths.max()), "return_dict": True}
+    token = _end_to_end.set(True)
+    try:
+        output = tower(inputs_embeds=embeds[there][None], position_ids=positions[None], **kwargs)
+    finally:
+        _end_to_end.reset(token)
     output.last_hidden_state = _unpacked(output.last_hidden_state, there)
     if getattr(output, "hidden_states", None) is not None:
         output.hidden_states = tuple(_unpacked(states, there) for states in output.hidden_states)
     return output
 
 
-def can_pack(tower: Any, embeds: Tensor, kwargs: dict[str, Any]) -> bool:
-    """Whether a pass is to be packed: asked for, without attention weights, and in a type that the kernel takes."""
-    if getattr(tower.config, "_attn_implementation", None) != PACKED or kwargs.get("output_attentions"):
+def _can_pack(tower: Any, embeds: Tensor, attention_mask: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether a pass can be packed: without attention weights, in a type that the kernel takes, within any window."""
+    if kwargs.get("output_attentions") or not attention_mask.numel():
         return False
-    return embeds.device.type != "cuda" or embeds.dtype in _HALF or torch.is_autocast_enabled("cuda")
+    if embeds.device.type == "cuda" and embeds.dtype not in _HALF and not torch.is_autocast_enabled("cuda"):
+        return False
+    if not tower.training and not _packs(tower, embeds):  # dropout would make any numbers differ
+        raise ValueError(
+            f"A {tower.config.model_type!r} backbone gives other numbers when its rows are packed; "
+            "take attn_implementation='sdpa'."
+        )
+    windows = [size for name in _WINDOWS if (size := getattr(tower.config, name, None))]
+    # Some layers have their window in the mask alone, and packed rows have no mask.
+    return not windows or int(attention_mask.sum(dim=1).max()) <= min(windows)
+
+
+@torch.no_grad()
+def _packs(tower: Any, like: Tensor | None = None) -> bool:
+    """Whether ragged rows come out of the tower packed as they do padded: tried once, with random ones.
+
+    Args:
+        tower: with packed attention.
+        like: embeddings of the width, type and place that it takes; those of its own by default.
+    """
+    if tower not in _PACKS:
+        like = tower.get_input_embeddings().weight if like is None else like
+        rows = torch.randn(2, 7, like.shape[-1], generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+        there = torch.ones(2, 7, dtype=torch.long, device=like.device)
+        there[1, 4:] = 0
+        with torch.autocast(like.device.type, enabled=False):
+            padded = tower(inputs_embeds=rows, attention_mask=there, return_dict=True).last_hidden_state
+            try:
+                packed = fuse_packed(tower, rows, there).last_hidden_state
+            except torch.OutOfMemoryError:
+                raise
+            except (TypeError, ValueError, RuntimeError):  # it takes no positions, or has an attention of its own
+                packed = torch.full_like(padded, torch.nan)
+        difference = ((padded - packed) * there[..., None]).abs().max() / padded.abs().max().clamp_min(1e-12)
+        _PACKS[tower] = bool(difference <= (_NEAR_HALF if rows.dtype in _HALF else _NEAR))
+    return _PACKS[tower]
 
 
 def packed_attention(
@@ -113,23 +197,25 @@ def packed_attention(
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return mixed[None], None
-    return _row_by_row(query, key, value, bounds, scaling, dropout, causal).transpose(1, 2), None
+    return _by_runs(query, key, value, bounds, scaling, dropout, causal), None
 
 
-def _row_by_row(
+def _by_runs(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scaling: float | None, dropout: float, causal: bool
 ) -> Tensor:
-    """(1, H, T, E); each row by torch's own attention."""
-    sizes = bounds.diff().tolist()
-    rows = zip(*(states.split(sizes, dim=2) for states in (query, key, value)), strict=True)
+    """(1, T, H, E) by torch's own attention; neighbours of one length, as sorted items often are, in one call."""
+    runs = [(size, len(list(rows))) for size, rows in groupby(bounds.diff().tolist())]
+    tokens = [size * rows for size, rows in runs]
     grouped = query.shape[1] != key.shape[1]
     attend: Any = nn.functional.scaled_dot_product_attention
-    mixed = [
-        attend(*row, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=grouped)
-        for row in rows
-        if row[0].shape[2]
-    ]
-    return torch.cat(mixed, dim=2)
+    mixed = []
+    cut = (states[0].split(tokens, dim=1) for states in (query, key, value))
+    for (size, rows), *parts in zip(runs, *cut, strict=True):
+        if size:
+            rowwise = [part.unflatten(1, (rows, size)).transpose(0, 1) for part in parts]  # (rows, heads, size, E)
+            found = attend(*rowwise, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=grouped)
+            mixed.append(found.transpose(1, 2).flatten(0, 1))  # (rows * size, H, E)
+    return torch.cat(mixed)[None]
 
 
 def _check(asked: dict[str, Any], longest: int) -> None:
@@ -147,8 +233,14 @@ def _unpacked(states: Tensor, there: Tensor) -> Tensor:
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """None for rows end to end, whose bounds say all; as for "sdpa" otherwise."""
-    batch = kwargs.get("batch_size", args[0] if args else None)
-    return None if batch == 1 and kwargs.get("attention_mask") is None else sdpa_mask(*args, **kwargs)
+    return None if _end_to_end.get() else sdpa_mask(*args, **kwargs)
+
+
+# Another copy of this file may be registered already, that of a model's folder: the last one's mask serves both.
+_end_to_end: ContextVar[bool] = getattr(AttentionMaskInterface().get(PACKED), "end_to_end", None) or ContextVar(
+    "sail_rows_end_to_end", default=False
+)
+_mask.end_to_end = _end_to_end  # type: ignore[attr-defined]
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -131,16 +131,34 @@ class VisualPerceiver(nn.Module):
         Returns:
             (G, num_latents, D), D the width of the fusion backbone.
         """
-        tokens = self.input(self.input_norm(features)) + self.frame_positions(positions)[:, None]  # (N, T, L)
-        tokens, present = _pad_groups(tokens, group)  # (G, S, L), (G, S)
+        tokens, present = _pad_groups(self.frame_tokens(features, positions), group)
+        mean = None if self.shortcut is None else _group_mean(features, group)
+        return self.resample(tokens, present, mean)
+
+    def frame_tokens(self, features: Tensor, positions: Tensor) -> Tensor:
+        """(..., T, V) tokens of frames and their (...) places -> (..., T, L)."""
+        return self.input(self.input_norm(features)) + self.frame_positions(positions)[..., None, :]
+
+    def resample(self, tokens: Tensor, present: Tensor, mean: Tensor | None) -> Tensor:
+        """The part of `forward` that no longer asks which frame is whose: frames lie side by side.
+
+        Args:
+            tokens: (G, F, T, L), the `frame_tokens` of F frames of each group.
+            present: (G, F), True where a frame is real.
+            mean: (G, V), the mean visual token of each group; None without a shortcut, which alone reads it.
+
+        Returns:
+            (G, num_latents, D).
+        """
+        seen = present[..., None].expand(-1, -1, tokens.shape[2]).flatten(1)  # (G, F * T)
         latents = self.latents.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
-        hidden = torch.cat([latents, tokens], dim=1)  # (G, num_latents + S, L)
-        mask = F.pad(present, (self.num_latents, 0), value=True)[:, None, None]
+        hidden = torch.cat([latents, tokens.flatten(1, 2)], dim=1)  # (G, num_latents + F * T, L)
+        mask = F.pad(seen, (self.num_latents, 0), value=True)[:, None, None]
         for block in self.blocks[:-1]:
             hidden = block(hidden, mask, hidden.shape[1])
         hidden = self.blocks[-1](hidden, mask, self.num_latents)  # (G, num_latents, L)
-        tokens = self.output(self.output_norm(hidden))  # (G, num_latents, D)
-        return tokens if self.shortcut is None else tokens + self.shortcut(_group_mean(features, group))[:, None]
+        latents = self.output(self.output_norm(hidden))  # (G, num_latents, D)
+        return latents if self.shortcut is None else latents + self.shortcut(mean)[:, None]
 
 
 def _group_mean(features: Tensor, group: Tensor) -> Tensor:
@@ -154,12 +172,11 @@ def _pad_groups(tokens: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     """Lay the frames of each group side by side, padded to the largest group.
 
     Returns:
-        (G, F * T, L) tokens and (G, F * T) booleans, True where a token is real.
+        (G, F, T, L) tokens and (G, F) booleans, True where a frame is real.
     """
     frames = torch.bincount(group)  # (G,)
     first = frames.cumsum(0) - frames
     slot = torch.arange(len(group), device=group.device) - first[group]  # place of each frame within its group
     num_groups, most = len(frames), int(frames.max())
     padded = tokens.new_zeros(num_groups, most, *tokens.shape[1:]).index_put((group, slot), tokens)
-    present = torch.arange(most, device=group.device) < frames[:, None]  # (G, F)
-    return padded.flatten(1, 2), present.repeat_interleave(tokens.shape[1], dim=1)
+    return padded, torch.arange(most, device=group.device) < frames[:, None]

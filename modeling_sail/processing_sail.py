@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
 from .configuration_sail import AUDIO, PAD, PROMPT, TEXT, VISION
-from .items_sail import IMPORTANCE_ORDER, ItemStatus, LoadedItem, LoadOptions, load_items, render_texts
+from .items_sail import IMPORTANCE_ORDER, ItemError, ItemStatus, LoadedItem, LoadOptions, load_items, render_texts
 
 if TYPE_CHECKING:  # never run: it makes `save_pretrained` carry the file to the Hub, where modules.json names it
     from .sentence_transformer_sail import SailSentenceTransformer  # noqa: F401
@@ -35,8 +36,10 @@ INSTRUCTIONS = {
     "cls": {"query": "Name the item:", "target": "Name:"},
 }
 
-# Measured on two cores: passes of 1k to 2k tokens stay in the cache; 4k and more lose.
-TOKEN_BUDGET = 1024
+# Measured on two cores: passes of 1k to 2k tokens stay in the cache; 4k and more lose. Without padding 2k is best.
+TOKEN_BUDGET = 2048
+# Passes that suit a CPU's cache would leave an accelerator waiting for its next kernel. Not measured.
+ACCELERATOR_TOKEN_BUDGET = 16_384
 
 _CONTENT = "<<<sail-content>>>"  # marks the place of the item in a rendered chat template
 
@@ -66,6 +69,7 @@ class SailEmbeddingProcessor(ProcessorMixin):
         max_tokens: longest sequence; text is cut to fit, the least important field first (``IMPORTANCE_ORDER``).
         frames_per_video: frames sampled uniformly from a video.
         max_audio_seconds: longer sound is cut.
+        max_frames: most pictures and frames of an item, as in the model's configuration; more are the item's error.
         prompt_format: "chat" (the tokenizer's chat template), "plain", or "auto": chat where there is a template.
         end_token: what follows the opening of the assistant's turn in the chat form, if the tokenizer knows it.
         instructions: ``{task: {"query": ..., "target": ...}}``; the three families of the paper by default.
@@ -85,6 +89,7 @@ class SailEmbeddingProcessor(ProcessorMixin):
         max_tokens: int = 512,
         frames_per_video: int = 8,
         max_audio_seconds: float = 60.0,
+        max_frames: int = 64,
         prompt_format: str = "auto",
         end_token: str = "<|endoftext|>",
         instructions: dict[str, dict[str, str]] | None = None,
@@ -100,6 +105,7 @@ class SailEmbeddingProcessor(ProcessorMixin):
         self.max_tokens = max_tokens
         self.frames_per_video = frames_per_video
         self.max_audio_seconds = max_audio_seconds
+        self.max_frames = max_frames
         self.end_token = end_token
         self.instructions = instructions or {task: dict(pair) for task, pair in INSTRUCTIONS.items()}
         super().__init__(image_processor, feature_extractor, tokenizer, chat_template=chat_template)
@@ -146,13 +152,22 @@ class SailEmbeddingProcessor(ProcessorMixin):
             raise ValueError(
                 f"return_tensors={return_tensors!r} is not supported; the model takes torch tensors ('pt')."
             )
-        loaded, statuses = self.load(items, errors, allow_urls=allow_urls, use_video_audio=use_video_audio)
-        return self.collate(loaded, self.instruction_for(task, side, instruction), statuses)
+        instruction = self.instruction_for(task, side, instruction)
+        loaded, statuses = self.load(items, errors, allow_urls, use_video_audio, instruction)
+        return self.collate(loaded, instruction, statuses)
 
     def load(
-        self, items: Sequence[Any], errors: str = "raise", allow_urls: bool = False, use_video_audio: bool = True
+        self,
+        items: Sequence[Any],
+        errors: str = "raise",
+        allow_urls: bool = False,
+        use_video_audio: bool = True,
+        instruction: str = "",
     ) -> tuple[list[LoadedItem], list[ItemStatus]]:
-        """The good items, decoded, and a status for every item; the first half of ``__call__``."""
+        """The good items, decoded, and a status for every item; the first half of ``__call__``.
+
+        Good is what `sequence` has room for beside this instruction, so no item fails after it was loaded with it.
+        """
         options = LoadOptions(
             sampling_rate=self.feature_extractor.sampling_rate,
             num_frames=self.frames_per_video,
@@ -161,8 +176,9 @@ class SailEmbeddingProcessor(ProcessorMixin):
             load_audio="audio" in self.modalities,
             allow_urls=allow_urls,
             max_audio_seconds=self.max_audio_seconds,
+            max_frames=self.max_frames,
         )
-        return load_items(items, options, errors=errors)
+        return load_items(items, options, errors, partial(self._check_room, instruction=instruction))
 
     def collate(
         self, loaded: Sequence[LoadedItem], instruction: str = "", statuses: Sequence[ItemStatus] = ()
@@ -191,6 +207,11 @@ class SailEmbeddingProcessor(ProcessorMixin):
         sequences = [self.sequence(layout_of(item), instruction) for item in loaded]
         for places in token_batches([len(ids) for ids, _ in sequences], token_budget or TOKEN_BUDGET):
             yield places, self.assemble([loaded[place] for place in places], [sequences[place] for place in places])
+
+    @staticmethod
+    def default_token_budget(device: str) -> int:
+        """Padded tokens of one pass that suit a device."""
+        return TOKEN_BUDGET if torch.device(device).type == "cpu" else ACCELERATOR_TOKEN_BUDGET
 
     @property
     def model_input_names(self) -> list[str]:
@@ -251,21 +272,38 @@ class SailEmbeddingProcessor(ProcessorMixin):
     def sequence(self, layout: Layout, instruction: str = "") -> tuple[list[int], list[int]]:
         """Token ids and segment ids of one item: prompt, audio, vision, text, end of prompt (Fig. 5)."""
         before, after = self._prompt_ids(instruction)
-        images = layout.num_images if self.latents_per_frame else min(layout.num_images, 1)
-        media = [(self.audio_token_id, AUDIO)] * int(layout.has_audio)
-        media += [(self.image_token_id, VISION)] * (self.num_latents * images)
+        media = self._placeholders(layout)
         text = self._fitted_text(layout.texts, self.max_tokens - len(before) - len(after) - len(media))
         ids = before + [token for token, _ in media] + text + after
         segments = [PROMPT] * len(before) + [segment for _, segment in media] + [TEXT] * len(text)
         return ids, segments + [PROMPT] * len(after)
 
-    def _fitted_text(self, texts: dict[str, str], room: int) -> list[int]:
-        """Token ids of the rendered fields, cut to ``room``: the least important field loses its end first."""
+    def _placeholders(self, layout: Layout) -> list[tuple[int, int]]:
+        """Token and segment of each place that sound and pictures take."""
+        images = layout.num_images if self.latents_per_frame else min(layout.num_images, 1)
+        media = [(self.audio_token_id, AUDIO)] * int(layout.has_audio)
+        return media + [(self.image_token_id, VISION)] * (self.num_latents * images)
+
+    def _check_room(self, item: LoadedItem, instruction: str) -> None:
+        """Refuse an item of which not even the first token of its text would fit."""
+        layout = layout_of(item)
+        fixed = sum(map(len, self._prompt_ids(instruction))) + len(self._placeholders(layout))
+        try:
+            self._check_rest(self.max_tokens - fixed, layout.texts)
+        except ValueError as error:
+            field = "images" if len(item.images) > 1 else "image" if item.images else "video" if item.frames else "item"
+            raise ItemError(item.index, item.id, field, str(error)) from error
+
+    def _check_rest(self, room: int, texts: dict[str, str]) -> None:
         if room < int(bool(texts)):
             raise ValueError(
                 f"max_tokens={self.max_tokens} leaves no room for text beside the prompt and the placeholders; "
                 "raise it, or give the item fewer pictures."
             )
+
+    def _fitted_text(self, texts: dict[str, str], room: int) -> list[int]:
+        """Token ids of the rendered fields, cut to ``room``: the least important field loses its end first."""
+        self._check_rest(room, texts)
         fields = {name: self._text_ids(segment) for name, segment in render_texts(texts)}
         excess = sum(map(len, fields.values())) - room
         for name in reversed(IMPORTANCE_ORDER):

@@ -6,6 +6,7 @@ hands over as one batch is cut again by tokens, so that a few long items do not 
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
-# Passes that suit a CPU's cache would leave an accelerator waiting for its next kernel. Not measured.
-ACCELERATOR_TOKEN_BUDGET = 16_384
+SHOWN = 10  # of the bad items that an error names
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
+_SHORT.maxdict = 12
 
 
 class SailSentenceTransformer(InputModule):
@@ -22,7 +25,7 @@ class SailSentenceTransformer(InputModule):
 
     ``encode`` takes dicts, strings and PIL images in any mix, ``prompt_name="q2i_query"`` and its kin, and beside the
     arguments of sentence-transformers: ``errors="skip"`` (a bad item's row is NaN, the others are unchanged),
-    ``allow_urls``, ``use_video_audio``, ``token_budget`` (padded tokens of one pass; by default 1024 on a CPU,
+    ``allow_urls``, ``use_video_audio``, ``token_budget`` (padded tokens of one pass; by default 2048 on a CPU,
     16,384 elsewhere). ``batch_size`` is the window in which items are sorted by length and cut into passes.
 
     Args:
@@ -74,14 +77,20 @@ class SailSentenceTransformer(InputModule):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Items to features: the tensors of one batch in training, passes cut by tokens otherwise."""
-        loaded, statuses = self.processor.load(
-            [_as_item(value) for value in inputs], errors, allow_urls=allow_urls, use_video_audio=use_video_audio
-        )
-        instruction = prompt or ""
+        instruction, items = prompt or "", [_as_item(value) for value in inputs]
+        try:
+            loaded, statuses = self.processor.load(
+                items, errors, allow_urls=allow_urls, use_video_audio=use_video_audio, instruction=instruction
+            )
+        except ValueError as error:
+            # An `ItemsError`, told by what it has: of which module it is depends on where the parts came from.
+            if isinstance(getattr(error, "errors", None), list):
+                error.add_note(_which(error, items))
+            raise
         if torch.is_grad_enabled() and len(loaded) == len(inputs):
             return dict(self.processor.collate(loaded, instruction))
-        if token_budget is None and self.model.device.type != "cpu":
-            token_budget = ACCELERATOR_TOKEN_BUDGET
+        if token_budget is None:
+            token_budget = self.processor.default_token_budget(self.model.device.type)
         passes = list(self.processor.batches(loaded, instruction, token_budget))
         return {"passes": passes, "rows": [item.index for item in loaded], "statuses": statuses}
 
@@ -100,7 +109,7 @@ class SailSentenceTransformer(InputModule):
 
     def _embed(self, batch: dict[str, Tensor]) -> Tensor:
         wanted = {name: batch[name] for name in self.processor.model_input_names if name in batch}
-        return torch.nn.functional.normalize(self.model(**wanted).embeddings, dim=-1)
+        return torch.nn.functional.normalize(self.model(**wanted, unpadded=True).embeddings, dim=-1)
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         self.model.save_pretrained(output_path)
@@ -131,6 +140,19 @@ class SailSentenceTransformer(InputModule):
         }
         model = AutoModel.from_pretrained(model_name_or_path, **source, **(config_kwargs or {}), **(model_kwargs or {}))
         return cls(model, AutoProcessor.from_pretrained(model_name_or_path, **source, **(processor_kwargs or {})))
+
+
+def _which(error: Any, items: list[Any]) -> str:
+    """What the bad items are, since their numbers tell little here."""
+    shown = "; ".join(f"{bad.index} is {_SHORT.repr(_without_bytes(items[bad.index]))}" for bad in error.errors[:SHOWN])
+    return f"The numbers are places in a batch, of items that sentence-transformers sorted by length: {shown}"
+
+
+def _without_bytes(item: Any) -> Any:
+    """The item with the size in place of what would be written out whole to be shown."""
+    if isinstance(item, dict):
+        return {name: _without_bytes(value) for name, value in item.items()}
+    return f"{len(item)} bytes" if isinstance(item, (bytes, bytearray)) else item
 
 
 def _as_item(value: Any) -> Any:

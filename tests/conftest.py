@@ -1,4 +1,4 @@
-"""What tests share: the tiny model, and one item for each of the seven modality subsets."""
+"""What tests share: the tiny model, one item for each of the seven modality subsets, a catalogue of vectors."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ import torch
 from modeling_sail.training.build import build, build_tiny
 from PIL import Image
 
+from modeling_sail import index_build, index_recall
 from modeling_sail.modeling_sail import SailEmbeddingModel
 from modeling_sail.processing_sail import SailEmbeddingProcessor
+
+from .vectors import clustered, write
 
 torch.set_num_threads(1)
 
@@ -53,3 +56,17 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hub") / "tiny"
     build("tiny", folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def catalogue(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
+    """3,000 vectors, and the file of embeddings that holds them."""
+    vectors = clustered(3000)
+    return write(tmp_path_factory.mktemp("embeddings") / "x.parquet", vectors), vectors
+
+
+@pytest.fixture
+def quick_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer held queries, and fewer rows for product codes: 256 centroids need no more to be some."""
+    monkeypatch.setattr(index_recall, "QUERIES", 100)
+    monkeypatch.setattr(index_build, "CODE_ROWS", 512)

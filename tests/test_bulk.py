@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
+from modeling_sail.evaluation.benchmarks import bulk
 from modeling_sail.evaluation.benchmarks.bulk import bulk_benchmark, write_corpus
 
 from modeling_sail.encode_source import read_items
@@ -14,13 +16,20 @@ from modeling_sail.encode_source import read_items
 def test_a_command_that_is_killed_leaves_no_process_and_ends_with_the_same_file(tiny_folder, tmp_path) -> None:
     real = tmp_path / "real.jsonl"
     real.write_text('{"title": "a real item"}\n{broken\n')
-    figures = bulk_benchmark(tiny_folder, 600, 1, [], [real], tmp_path, ["--shard-size", "256", "--workers", "1"])
+    figures = bulk_benchmark(tiny_folder, 600, 1, [64], [real], tmp_path, ["--shard-size", "256", "--workers", "1"])
     found = {(line["case"], line["figure"]): line["ours"] for line in figures}
-    (killed,) = {case for case, _ in found} - {"602 items"}
+    (killed,) = {case for case, _ in found if "killed" in case}
     assert found[killed, "kills"] == 1
     assert found[killed, "files that differ"] == 0
     assert found[killed, "processes that outlived a kill"] == 0
     assert found["602 items", "peak memory of all its processes"] > 100
+    assert ("600 items", "cost of an item beyond the first 64") in found
+
+
+def test_a_command_that_fails_is_not_taken_for_one_that_is_done() -> None:
+    with pytest.raises(RuntimeError, match="ended with status 2"):
+        bulk._kill_often([sys.executable, "-c", "raise SystemExit(2)"], 1, 60.0)
+    assert bulk._kill_often([sys.executable, "-c", ""], 1, 60.0) == (0, 0)
 
 
 def test_a_corpus_is_the_same_each_time_and_holds_the_real_items(tmp_path) -> None:

@@ -1,76 +1,30 @@
-"""`sail encode` keeps its promises: killed at any moment, workers that die, files that break, items that change."""
+"""`sail encode` keeps its promises: killed at any moment, files that break, items that change, another job's result."""
 
 from __future__ import annotations
 
 import errno
 import json
-import os
 import random
 import shutil
-import signal
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import soundfile
+import torch
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
-from modeling_sail import encode_files, encode_job, encode_output, encode_source, encode_window, encode_workers
+from modeling_sail import encode_job, whole_folder
 from modeling_sail.cli import main
-from modeling_sail.encode_job import Options, encode, encode_here
 from modeling_sail.encode_output import Output
 from modeling_sail.encode_source import read_items
-from modeling_sail.encode_workers import POISON, PreparerSettings, Workers
 from modeling_sail.fingerprints import model_hash
+from modeling_sail.kernels_sail import plain_kernels
 
-from .conftest import picture, sound
+from . import encode_jobs
+from .encode_jobs import ITEMS, content, run_killed
 
-ITEMS = 15
-
-
-@pytest.fixture(scope="module")
-def items(tmp_path_factory):
-    """A JSONL file of ragged items, two of them bad and two of one id."""
-    folder = tmp_path_factory.mktemp("items")
-    for seed in range(3):
-        picture(seed).save(folder / f"{seed}.png")
-        soundfile.write(folder / f"{seed}.wav", sound(seed, 0.4 + seed)[0], 8000)
-    rows: list[dict] = [{"id": f"i{number}", "title": "many words " * (number * 7 % 5)} for number in range(ITEMS)]
-    for number in range(0, ITEMS, 2):
-        rows[number] |= {"image": f"{number % 3}.png"}
-    for number in range(0, ITEMS, 3):
-        rows[number] |= {"audio": f"{number % 3}.wav"}
-    rows[5] = {"id": "i5", "image": "gone.png"}
-    rows[9]["id"] = "i8"
-    path = folder / "items.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]) + "{broken\n", encoding="utf-8")
-    return path
-
-
-@pytest.fixture(autouse=True)
-def small_windows(monkeypatch):
-    monkeypatch.setattr(encode_job, "WINDOW", 3)
-
-
-@pytest.fixture
-def run(tiny_folder, items):
-    """Encode; in windows of 3 and shards of 6 items, without worker processes unless asked for."""
-
-    def run(out: Path, source: Path = items, model: Path = tiny_folder, **options) -> dict:
-        chosen = Options(**{"shard_size": 6, "workers": 0, "device": "cpu", **options})
-        return encode(model, source, Output(out), chosen, encode_here)
-
-    return run
-
-
-def content(out: Path) -> dict[str, bytes]:
-    """Every file of a result, hidden ones too, by its name."""
-    if out.is_file():
-        assert not out.with_name(out.name + ".parts").exists()
-        return {"": out.read_bytes()}
-    return {path.relative_to(out).as_posix(): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+items, run, small_windows = encode_jobs.items, encode_jobs.run, encode_jobs.small_windows
 
 
 def test_rows_are_the_items_in_order_with_the_vectors_of_sentence_transformers(run, items, tiny_folder, tmp_path):
@@ -91,6 +45,29 @@ def test_rows_are_the_items_in_order_with_the_vectors_of_sentence_transformers(r
     np.testing.assert_allclose([rows[place]["embedding"] for place in good], expected, atol=1e-5)
 
 
+def test_rows_end_to_end_have_the_same_vectors_and_are_another_job(run, tmp_path):
+    found = []
+    for packed in (False, True):
+        with plain_kernels():  # which pack only where that is asked for
+            assert run(tmp_path / f"{packed}.parquet", packed=packed, workers=0)["ok"] == 13
+        rows = pq.read_table(tmp_path / f"{packed}.parquet").to_pylist()
+        found.append([row["embedding"] for row in rows if row["status"] == "ok"])
+    np.testing.assert_allclose(found[1], found[0], atol=1e-5)
+    assert found[1] != found[0]  # another order of the same sums
+    with pytest.raises(ValueError, match="packed"):
+        run(tmp_path / "True.parquet")
+
+
+def test_an_adapter_beside_the_weights_is_another_model(tiny_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    save_file({"lora": torch.zeros(2)}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text("{}")
+    hashes = [model_hash(tiny_folder), model_hash(folder)]
+    save_file({"lora": torch.ones(2)}, folder / "adapter_model.safetensors")
+    assert len({*hashes, model_hash(folder)}) == 3
+
+
 def test_a_folder_holds_the_rows_of_the_file_and_says_whose_they_are(run, tiny_folder, tmp_path):
     run(tmp_path / "x.parquet")
     run(tmp_path / "x")
@@ -102,28 +79,6 @@ def test_a_folder_holds_the_rows_of_the_file_and_says_whose_they_are(run, tiny_f
     assert manifest["finished"] and [shard["items"] for shard in manifest["shards"]] == [6, 6, 3]
     assert manifest["model"] == model_hash(tiny_folder) == whole.schema.metadata[b"model"].decode()
     assert manifest["settings"]["instruction"] and manifest["settings"]["dim"] == 64
-
-
-def run_killed(run, out: Path, writes: int, after: bool) -> bool:
-    """Run in a child that is killed at its n-th write, before or after the rename; whether it came that far."""
-    child = os.fork()
-    if child == 0:
-        real, left = encode_files.put_in_place, [writes]
-
-        def dies(partial: Path, path: Path) -> None:
-            left[0] -= 1
-            if left[0] == 0 and not after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            real(partial, path)
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        encode_files.put_in_place = dies
-        try:
-            run(out)
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x"])
@@ -269,7 +224,41 @@ def test_what_is_not_ours_is_not_written_over(name, message, run, tmp_path):
     assert {path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == {b"precious"}
 
 
-@pytest.mark.parametrize("options", [{"dim": 0}, {"dim": 65}, {"dtype": "int8"}, {"shard_size": 0}, {"workers": -1}])
+@pytest.mark.parametrize("library", ["torch", "transformers"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_versions_of_what_computes_the_vectors_are_refused(library, finished, run, tmp_path, monkeypatch):
+    run(tmp_path / "x") if finished else run_killed(run, tmp_path / "x", 4, True)
+    known = getattr(encode_job, library).__version__
+    assert json.loads((tmp_path / "x" / "manifest.json").read_text())["settings"][library] == known
+    with monkeypatch.context() as patch:
+        patch.setattr(getattr(encode_job, library), "__version__", "99.9.0")
+        with pytest.raises(
+            ValueError, match=rf"{library}: '.*' there, '99.9.0' now\); go on with what it was begun with"
+        ):
+            run(tmp_path / "x")
+    assert run(tmp_path / "x")["ok"] == 13
+
+
+def test_a_node_of_a_cluster_with_another_version_is_refused(run, tmp_path, monkeypatch):
+    real = Output.claim
+
+    def elsewhere(*args) -> None:
+        real(*args)
+        monkeypatch.setattr(encode_job.torch, "__version__", "99.9.0")
+
+    monkeypatch.setattr(Output, "claim", elsewhere)
+    with pytest.raises(ValueError, match=r"has torch 99.9.0, not .*install the same"):
+        run(tmp_path / "x")
+
+
+OPTIONS = [
+    *({"dim": 0}, {"dim": 65}, {"dim": 1.5}, {"dtype": "int8"}, {"shard_size": 0}, {"shard_size": None}),
+    *({"workers": -1}, {"workers": "two"}, {"workers": 1.0}, {"workers": True}, {"token_budget": "9"}),
+    *({"item_seconds": 0}, {"item_seconds": float("nan")}, {"item_seconds": float("inf")}, {"item_seconds": "1"}),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_an_option_that_cannot_be_is_named(options, run, tmp_path):
     with pytest.raises(ValueError, match=next(iter(options))):
         run(tmp_path / "x", **options)
@@ -286,69 +275,6 @@ def test_bfloat16_is_of_the_model_and_the_file_stays_float32(run, tmp_path):
     np.testing.assert_allclose(np.linalg.norm(half, axis=1), 1, atol=1e-5)
 
 
-# --- workers --------------------------------------------------------------------------------------------------------
-
-
-class Bomb:
-    """Ends the process that receives it, as a decoder's segmentation fault would."""
-
-    def __reduce__(self) -> tuple:
-        return os._exit, (1,)
-
-
-def test_workers_change_nothing_and_their_death_costs_a_retry(run, tmp_path, monkeypatch):
-    run(tmp_path / "alone")
-    run(tmp_path / "two", workers=2)
-    assert content(tmp_path / "two") == content(tmp_path / "alone")
-    real, asked = encode_workers._Worker.ask, []
-
-    def killed_from_outside(worker, given):
-        asked.append(len(given))
-        if len(asked) in (2, 4):
-            os.kill(worker._process.pid, signal.SIGKILL)
-        return real(worker, given)
-
-    monkeypatch.setattr(encode_workers._Worker, "ask", killed_from_outside)
-    run(tmp_path / "killed", workers=1)
-    assert len(asked) == 5 + 2, "two windows must have been tried again"
-    assert content(tmp_path / "killed") == content(tmp_path / "alone")
-
-
-def test_an_item_that_kills_its_process_is_a_row_and_harms_no_other(run, tmp_path, monkeypatch):
-    run(tmp_path / "whole.parquet")
-    real = encode_source.JsonLines._item
-    monkeypatch.setattr(
-        encode_source.JsonLines, "_item", lambda self, number, line: Bomb() if number == 8 else real(self, number, line)
-    )
-    run(tmp_path / "x.parquet", workers=2)
-    rows, whole = (pq.read_table(tmp_path / name).to_pylist() for name in ("x.parquet", "whole.parquet"))
-    assert (rows[7]["id"], rows[7]["status"], rows[7]["reason"]) == ("8", "error", POISON)
-    assert [row["id"] for row in rows[8:]] == [row["id"] for row in whole[8:]]
-    for row, other in zip(rows[:7] + rows[8:], whole[:7] + whole[8:], strict=True):
-        assert row["status"] == other["status"]
-        np.testing.assert_allclose(row["embedding"] or [], other["embedding"] or [], atol=1e-5)
-
-
-def test_an_item_of_more_pictures_than_the_model_takes_is_a_row_and_harms_no_other(run, items, tmp_path):
-    source = tmp_path / "many.jsonl"
-    rows = [{"title": "one"}, {"images": [str(items.parent / "0.png")] * 17}, {"title": "three"}]
-    source.write_text("\n".join(map(json.dumps, rows)))
-    run(tmp_path / "x.parquet", source)
-    found = pq.read_table(tmp_path / "x.parquet").to_pylist()
-    assert [row["status"] for row in found] == ["ok", "error", "ok"]
-    assert found[1]["reason"] == "images: 17 pictures and frames, more than the model's 16"
-
-
-def test_a_process_that_cannot_be_started_is_no_items_fault(tiny_folder, monkeypatch):
-    def no_handles() -> None:
-        raise OSError(errno.EMFILE, "too many open files")
-
-    with Workers(PreparerSettings(tiny_folder, "", 9), 1) as workers:
-        monkeypatch.setattr(encode_workers, "_context", lambda: SimpleNamespace(Pipe=no_handles))
-        with pytest.raises(RuntimeError, match="cannot be started .*too many open files"):
-            list(workers.prepared([(encode_window.Window(0, 0, ["a"], ["a"], ""), True)]))
-
-
 def test_a_user_who_stops_the_command_sees_one_line(items, tiny_folder, tmp_path, monkeypatch, capsys):
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
@@ -356,46 +282,6 @@ def test_a_user_who_stops_the_command_sees_one_line(items, tiny_folder, tmp_path
     monkeypatch.setattr(encode_job, "open_source", stopped)
     assert main(["encode", str(items), "--model", str(tiny_folder), "--out", str(tmp_path / "x")]) == 130
     assert capsys.readouterr().err == "sail encode: stopped\n"
-
-
-def test_workers_that_cannot_begin_say_why(tmp_path):
-    with (
-        Workers(PreparerSettings(tmp_path / "nowhere", "", 9), 1) as workers,
-        pytest.raises(RuntimeError, match="cannot begin"),
-    ):
-        list(workers.prepared([(encode_window.Window(0, 0, ["a"], ["a"], ""), True)]))
-
-
-# --- memory ---------------------------------------------------------------------------------------------------------
-
-
-def peak_of(run, source: Path, out: Path) -> int:
-    """Bytes that a child's memory reached while it encoded."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        Path("/proc/self/clear_refs").write_text("5")
-        run(out, source, shard_size=100_000)
-        lines = Path("/proc/self/status").read_text().splitlines()
-        os.write(writer, next(line.split()[1] for line in lines if line.startswith("VmHWM")).encode())
-        os._exit(0)
-    os.close(writer)
-    os.waitpid(child, 0)
-    with os.fdopen(reader) as said:
-        return int(said.read()) << 10
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is measured through Linux's /proc")
-def test_memory_does_not_grow_with_the_source(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(encode_job, "WINDOW", 64)
-    line = json.dumps({"junk": "x" * 30_000}) + "\n"  # a field that is none: a long item that costs no time
-    peaks = []
-    for count in (200, 3000):
-        source = tmp_path / f"{count}.jsonl"
-        source.write_text('{"title": "good"}\n' + line * count)
-        peaks.append(peak_of(run, source, tmp_path / f"{count}.parquet"))
-    assert source.stat().st_size > 85e6
-    assert peaks[1] - peaks[0] < 30e6
 
 
 def test_the_hash_of_a_model_is_of_what_decides_its_vectors(tiny_folder, tmp_path):
@@ -415,14 +301,41 @@ def test_the_hash_of_a_model_is_of_what_decides_its_vectors(tiny_folder, tmp_pat
         model_hash(model)
 
 
+def test_the_hash_of_a_model_is_of_the_weights_that_are_loaded(tiny_folder, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_folder, model)
+    known, weights = model_hash(model), load_file(model / "model.safetensors")
+    names, index = list(weights), model / "model.safetensors.index.json"
+    save_file({names[0]: weights[names[0]] + 1, "more": weights[names[1]]}, model / "model-00001-of-00002.safetensors")
+    index.write_text(json.dumps({"weight_map": {names[0]: "model-00001-of-00002.safetensors"}}))
+    assert model_hash(model) == known, "shards beside a whole file are not loaded"
+    for number, half in enumerate((names[::2], names[1::2])):
+        save_file({name: weights[name] for name in half}, model / f"half-{number}.safetensors")
+    (model / "model.safetensors").unlink()
+    index.write_text(
+        json.dumps({"weight_map": {name: f"half-{place % 2}.safetensors" for place, name in enumerate(names)}})
+    )
+    assert model_hash(model) == known, "shards that the index does not name are not loaded"
+    (model / "half-1.safetensors").unlink()
+    with pytest.raises(ValueError, match="names half-1.safetensors, not in the folder"):
+        model_hash(model)
+    for broken in ("{", "[]", '{"weight_map": 3}'):
+        index.write_text(broken)
+        with pytest.raises(ValueError, match="is no index of shards"):
+            model_hash(model)
+    index.unlink()
+    with pytest.raises(ValueError, match="holds no weights"):
+        model_hash(model)
+
+
 def test_the_lock_of_a_job_that_was_just_removed_is_not_taken_for_a_lock(tmp_path, monkeypatch):
-    output, real, removed = Output(tmp_path / "x"), encode_output.fcntl.flock, []
+    output, real, removed = Output(tmp_path / "x"), whole_folder.fcntl.flock, []
 
     def late(handle, how):
         real(handle, how)
         if not removed:
             removed.append(shutil.rmtree(output.work))  # the other one finished between our opening and locking
 
-    monkeypatch.setattr(encode_output.fcntl, "flock", late)
+    monkeypatch.setattr(whole_folder.fcntl, "flock", late)
     with output.locked():
         assert (output.work / "lock").exists()

@@ -102,6 +102,20 @@ def test_a_place_that_actors_cannot_share_is_refused_at_once(out, message, items
     assert message in capsys.readouterr().err
 
 
+def test_a_url_that_holds_other_things_is_not_written_to(tmp_path) -> None:
+    (tmp_path / "photo.png").write_bytes(b"precious")
+    with pytest.raises(ValueError, match="holds other things and no manifest.json; name a new or empty one"):
+        encode_ray.RemoteOutput(f"file://{tmp_path}")
+    with pytest.raises(ValueError, match="is a file"):
+        encode_ray.RemoteOutput(f"file://{tmp_path}/photo.png")
+    assert files(tmp_path) == {"photo.png": b"precious"}
+    for place, ours in (("a", "manifest.json"), ("b", ".work/plan.json")):
+        (tmp_path / place / ours).parent.mkdir(parents=True)
+        (tmp_path / place / ours).write_text('{"finished": false}')
+        assert encode_ray.RemoteOutput(f"file://{tmp_path / place}").root
+    assert encode_ray.RemoteOutput(f"file://{tmp_path}/new/one").manifest() is None
+
+
 @pytest.mark.parametrize(
     ("nodes", "actors", "gpu", "each"),
     [

@@ -131,6 +131,13 @@ def test_a_folder_of_item_files_is_these_and_the_jobs_own_files_are_none(tmp_pat
         ("x.jsonl.gz", gzip.compress(b'{"title": "x"}\n' * 500, mtime=0)[:40], "not a whole gzip file"),
         ("x.jsonl.gz", b"plain", "not a whole gzip file"),
         ("x.parquet", b"PAR1 and no more", "not a whole Parquet file"),
+        ("photo.PNG", b"\x89PNG", 'one image file, no list of items; name its folder, or .* {"image": "photo.PNG"}'),
+        ("x.json", b'[{"title": "a"}, {"title": "b"}]', "x.json holds one JSON array; .* one object a line"),
+        ("x.json", b'\xef\xbb\xbf[\n {"title": "a"}\n]\n', "holds one JSON array"),
+        ("x.json", b'\n[{\n  "title": "a"\n}]\n', "holds one JSON array"),
+        ("x.json", b'[{"title": "a"},\n{"title": "b"}]', "holds one JSON array"),
+        ("x.json.gz", gzip.compress(b'[{"title": "a"}]', mtime=0), "holds one JSON array"),
+        ("x.json", b'{\n "title": "a"\n}\n', "holds one JSON object over several lines"),
     ],
 )
 def test_a_source_that_cannot_be_is_said_before_anything_is_encoded(name, content, message, tmp_path) -> None:
@@ -138,6 +145,31 @@ def test_a_source_that_cannot_be_is_said_before_anything_is_encoded(name, conten
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         open_source(tmp_path / name).shards(10)
+
+
+@pytest.mark.parametrize("first", [b"[1]", b'["a', b"{", b'[{"title": "a"}]'])
+def test_a_first_line_that_is_bad_is_a_row_like_another(first, tmp_path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(first + b'\n{"title": "good"}\n')
+    (_, bad), (_, good) = read_items(tmp_path / "x.jsonl")
+    assert not isinstance(bad, dict) and good == {"title": "good"}
+
+
+def test_files_of_a_folder_that_are_in_no_item_are_said_and_chosen_by_name(tmp_path, caplog) -> None:
+    (tmp_path / "sub").mkdir()
+    names = ("b.wav", "b.ogg", "b.jpg", "b.png", "c.mp4", "c.TXT", "c.txt", "c.mkv")
+    for name in ("a.wav", "a.mp4", *names):
+        (tmp_path / ("sub" if name in names else "") / name).write_bytes(name.encode())
+    source, sub = open_source(tmp_path), tmp_path / "sub"
+    assert caplog.messages == []
+    assert [shard.items for shard in source.shards(2)] == [2, 1]
+    (message,) = caplog.messages
+    assert "3 file(s) are passed over" in message
+    assert "sub/b.wav (b.ogg is taken), sub/c.mp4 (c.mkv is taken), sub/c.txt (c.TXT is taken). Give" in message
+    items = {name: item for name, item, _ in source.items()}
+    assert items["a"] == {"id": "a", "video": str(tmp_path / "a.mp4"), "audio": str(tmp_path / "a.wav")}
+    pictures = {"image": str(sub / "b.jpg"), "images": [str(sub / "b.png")]}
+    assert items["sub/b"] == {"id": "sub/b", "audio": str(sub / "b.ogg"), **pictures}
+    assert items["sub/c"] == {"id": "sub/c", "text": "c.TXT", "video": str(sub / "c.mkv")}
 
 
 @given(costs=st.lists(st.integers(0, 130), min_size=1, max_size=60))

@@ -663,7 +663,7 @@ def test_eps_never_reaches_ghostscript() -> None:
 
 def test_too_many_pictures_are_refused() -> None:
     item = {"id": "a", "image": picture(), "images": [picture()] * 2}
-    assert "max_images=2" in reason_of(item, "images", LoadOptions(max_images=2))
+    assert "max_frames=2" in reason_of(item, "images", LoadOptions(max_frames=2))
 
 
 def test_a_video_without_pictures_or_frames_is_an_error() -> None:

@@ -57,7 +57,7 @@ def both(tower: nn.Module, values: Tensor, field: str = "last_hidden_state") -> 
 
 
 def twin_of(module: nn.Module) -> nn.Module | None:
-    return kernels_sail._TWINS[module][1] if module in kernels_sail._TWINS else None
+    return next((twin for _, twin in kernels_sail._TWINS.get(module, {}).values()), None)
 
 
 @pytest.mark.parametrize("pictures", [1, 3, 8, 19])
@@ -67,6 +67,29 @@ def test_folded_batch_norms_give_the_towers_numbers(vision, pictures) -> None:
         isinstance(part, nn.BatchNorm2d) for part in twin_of(vision).modules()
     )
     assert plain.std() > 1e-2
+    torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-5 * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize("size", [32, 33])
+def test_depthwise_convolutions_pad_for_themselves(vision, size) -> None:
+    fast, plain = both(vision, torch.randn(2, 3, size, size))
+    blocks = [block.depthwise_conv for block in twin_of(vision).encoder.blocks]
+    strided = [block for block in blocks if block.depthwise_conv.stride == (2, 2)]
+    assert strided and all(isinstance(block.depthwise_conv_pad, nn.Identity) for block in strided)
+    assert isinstance(twin_of(vision).embeddings.padding, nn.ZeroPad2d)  # a dense kernel would pay for its zeros
+    assert all(block.depthwise_conv.kernel_size[0] in (4, 6) for block in strided)
+    torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-5 * float(plain.abs().max()))
+
+
+def test_gates_that_are_always_open_are_left_out_and_others_stay(vision) -> None:
+    gates = [block.squeeze_excite for block in vision.encoder.blocks]
+    with torch.no_grad():
+        for gate in gates[1:]:
+            gate.expand.weight.zero_()
+            gate.expand.bias.fill_(100.0)
+    fast, plain = both(vision, torch.randn(3, 3, 32, 32))
+    kinds = [type(block.squeeze_excite) for block in twin_of(vision).encoder.blocks]
+    assert kinds == [type(gates[0])] + [nn.Identity] * (len(gates) - 1)
     torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-5 * float(plain.abs().max()))
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from modeling_sail.index import load_index
 
-from .test_index import clustered, write
+from .vectors import clustered, write
 
 pytest.importorskip("lancedb")
 README = Path(__file__).parent.parent / "README.md"

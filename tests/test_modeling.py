@@ -320,8 +320,9 @@ def test_pictures_that_fit_no_placeholder_are_refused(tiny) -> None:
         model()
 
 
-def test_more_frames_than_positions_are_refused(tiny) -> None:
+def test_more_frames_than_positions_are_refused(tiny, monkeypatch) -> None:
     model, processor = tiny
+    monkeypatch.setattr(processor, "max_frames", 64)  # as in a folder whose processor was edited
     with pytest.raises(ValueError, match="max_frames=16"):
         model(**processor([{"images": [picture(1)] * 17}]))
 

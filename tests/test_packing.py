@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from importlib.util import module_from_spec, spec_from_file_location
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from modeling_sail.training.build import build_tiny
+from peft import LoraConfig
 from torch import nn
-from transformers import BertConfig, LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import (
+    BertConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    XLMRobertaConfig,
+)
 
-from modeling_sail.packing_sail import packed_attention
+from modeling_sail import kernels_sail, packing_sail
+from modeling_sail.kernels_sail import plain_kernels
+from modeling_sail.modeling_sail import build_tower
+from modeling_sail.packing_sail import fuse_packed, packed_attention
 from modeling_sail.sentence_transformer_sail import SailSentenceTransformer
 
 from .conftest import seven_items
@@ -67,7 +81,7 @@ def test_it_runs_without_padding(monkeypatch) -> None:
     )
     with torch.inference_mode():
         model(**batch)
-    assert [shape[:2] for shape in seen] == [(1, int(batch["attention_mask"].sum()))]
+    assert seen[-1][:2] == (1, int(batch["attention_mask"].sum()))
 
 
 def test_gradients_are_those_of_padded_rows() -> None:
@@ -89,8 +103,146 @@ def test_it_is_chosen_when_a_model_is_loaded(tiny_folder) -> None:
     packed = SailSentenceTransformer.load(str(tiny_folder), model_kwargs={"attn_implementation": "packed"}).eval()
     assert packed.model.text_tower.config._attn_implementation == "packed"
     with torch.inference_mode():
-        ways = [one(one.preprocess(seven_items()))["sentence_embedding"] for one in (module, packed)]
+        with plain_kernels():
+            padded = module(module.preprocess(seven_items()))["sentence_embedding"]
+        ours = packed(packed.preprocess(seven_items()))["sentence_embedding"]
+    assert not torch.equal(ours, padded)
+    torch.testing.assert_close(ours, padded, rtol=0, atol=1e-5)
+
+
+# --- on a CPU by default ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def passes(monkeypatch) -> list[int]:
+    """Rows of each pass that was packed, as it is."""
+    seen: list[int] = []
+
+    def watched(tower, embeds, *args, **kwargs):
+        output = fuse_packed(tower, embeds, *args, **kwargs)
+        if tower in packing_sail._PACKS:  # else it is being tried
+            seen.append(len(embeds))
+        return output
+
+    monkeypatch.setattr(packing_sail, "fuse_packed", watched)
+    return seen
+
+
+RAGGED = ["a long text " * 9, "b", "cd"]
+
+
+@pytest.mark.parametrize(("backbone", "options"), CASES)
+def test_without_padding_items_embed_alike(passes, backbone, options) -> None:
+    torch.manual_seed(0)
+    model, processor = build_tiny(text_config=BACKBONES[backbone], **options)
+    batch = processor(seven_items(), task="i2i")
+    with torch.inference_mode():
+        ways = [model(**batch, unpadded=unpadded).embeddings for unpadded in (False, True)]
+    assert passes and model.text_tower.config._attn_implementation == "sdpa"
     torch.testing.assert_close(ways[1], ways[0], rtol=0, atol=1e-5)
+
+
+def test_sentence_transformers_runs_without_padding_and_plain_kernels_with_it(tiny, passes) -> None:
+    module = SailSentenceTransformer(*tiny)
+    with torch.inference_mode():
+        ours = module(module.preprocess(RAGGED))["sentence_embedding"]
+        assert sum(passes) == len(RAGGED)
+        with plain_kernels():
+            plain = module(module.preprocess(RAGGED))["sentence_embedding"]
+        assert sum(passes) == len(RAGGED)
+        module(module.preprocess(["equal", "equal"]))
+        assert sum(passes) == len(RAGGED)  # there is no padding
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-6)
+
+
+def test_a_row_beyond_a_sliding_window_is_padded_after_all(passes) -> None:
+    config = MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=40)
+    model, processor = build_tiny(text_config=config)
+    short, long = processor(["ab", "c"]), processor(["a long text " * 9, "b"])
+    with torch.inference_mode():
+        for batch, packed in ((short, 1), (long, 1)):
+            ways = [model(**batch, unpadded=unpadded).embeddings for unpadded in (False, True)]
+            torch.testing.assert_close(ways[1], ways[0], rtol=0, atol=1e-5)
+            assert len(passes) == packed
+        model.text_tower.set_attn_implementation("packed")  # asked for by name it is the same
+        torch.testing.assert_close(model(**long).embeddings, ways[0], rtol=0, atol=1e-5)
+
+
+def test_a_window_that_only_the_mask_has_is_seen() -> None:
+    config = Qwen2MoeConfig(
+        **SIZES, num_key_value_heads=2, num_experts=2, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+        num_experts_per_tok=1, use_sliding_window=True, sliding_window=16, max_window_layers=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, processor = build_tiny(text_config=config)
+    batch = processor(RAGGED)
+    with torch.inference_mode():
+        ways = [model(**batch, unpadded=unpadded).embeddings for unpadded in (False, True)]
+    torch.testing.assert_close(ways[1], ways[0], rtol=0, atol=1e-5)
+
+
+def test_an_adapter_that_is_switched_off_is_off(passes) -> None:
+    torch.manual_seed(0)
+    model, processor = build_tiny()
+    batch = processor(RAGGED)
+    with torch.inference_mode():
+        bare = model(**batch, unpadded=True).embeddings
+    model.text_tower.add_adapter(LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    model.eval()
+    with torch.inference_mode():
+        adapted = model(**batch, unpadded=True).embeddings
+        assert not torch.allclose(adapted, bare, atol=1e-3)
+        model.text_tower.disable_adapters()
+        torch.testing.assert_close(model(**batch, unpadded=True).embeddings, bare, rtol=0, atol=1e-5)
+
+
+def test_a_backbone_whose_positions_begin_elsewhere_is_padded_and_refused_where_it_is_asked_for(passes) -> None:
+    config = XLMRobertaConfig(**SIZES, max_position_embeddings=300, pad_token_id=1)
+    model, processor = build_tiny(text_config=config)
+    with torch.no_grad():
+        model.text_tower.embeddings.position_embeddings.weight.normal_()
+    batch = processor(RAGGED)
+    with torch.inference_mode():
+        ways = [model(**batch, unpadded=unpadded).embeddings for unpadded in (False, True)]
+        torch.testing.assert_close(ways[1], ways[0], rtol=0, atol=1e-6)
+        assert not passes
+        model.text_tower.set_attn_implementation("packed")
+        with pytest.raises(ValueError, match="'xlm-roberta' backbone gives other numbers"):
+            model(**batch)
+
+
+def test_the_twin_that_packs_is_the_only_one(monkeypatch) -> None:
+    monkeypatch.setenv("SAIL_ONEDNN", "1")
+    if not kernels_sail.onednn_pays():
+        pytest.skip("this build of torch has no oneDNN linears")
+    module = SailSentenceTransformer(*build_tiny())
+    with torch.inference_mode():
+        for texts in (RAGGED, ["equal", "equal"]):
+            module(module.preprocess(texts))
+    (gains,) = kernels_sail._TWINS[module.model.text_tower]
+    assert gains == (False, True, "packed")
+
+
+def test_another_copy_of_the_file_changes_nothing(passes) -> None:
+    model, processor = build_tiny()
+    batch = processor(RAGGED)
+    with torch.inference_mode():
+        before = model(**batch, unpadded=True).embeddings
+        spec = spec_from_file_location("modeling_sail.another_packing", packing_sail.__file__)
+        other = module_from_spec(spec)
+        spec.loader.exec_module(other)  # as the code in a model's folder does, it takes the name in transformers
+        assert other._end_to_end is packing_sail._end_to_end and other._mask is not packing_sail._mask
+        torch.testing.assert_close(model(**batch, unpadded=True).embeddings, before, rtol=0, atol=0)
+    assert len(passes) == 2
+
+
+def test_one_row_without_a_mask_keeps_its_sliding_window() -> None:
+    config = MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=3)
+    tower, states = build_tower(config).eval(), torch.randn(1, 12, 64)
+    with torch.inference_mode():
+        expected = tower(inputs_embeds=states).last_hidden_state
+        tower.set_attn_implementation("packed")
+        torch.testing.assert_close(tower(inputs_embeds=states).last_hidden_state, expected, rtol=0, atol=1e-5)
 
 
 def test_attention_weights_need_a_padded_pass() -> None:

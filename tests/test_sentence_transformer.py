@@ -11,11 +11,14 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+from modeling_sail.training.build import build_tiny
 from sentence_transformers import SentenceTransformer
 
+from modeling_sail.items_sail import ItemsError
 from modeling_sail.processing_sail import SailEmbeddingProcessor
+from modeling_sail.sentence_transformer_sail import SailSentenceTransformer
 
-from .conftest import seven_items
+from .conftest import picture, seven_items
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +36,32 @@ def run_without_package(code: str, folder, tmp_path) -> str:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def assert_left_out(model, items: list, places: list[int], reason: str) -> None:
+    """Bad items are rows of NaN that change no other row; with errors="raise" the error names each of them."""
+    options = {"show_progress_bar": False}
+    found = model.encode(items, errors="skip", **options)
+    bad = np.isnan(found).all(axis=1)
+    assert bad.nonzero()[0].tolist() == places
+    good = [item for place, item in enumerate(items) if place not in places]
+    np.testing.assert_allclose(found[~bad], model.encode(good, **options), atol=1e-6)
+    with pytest.raises(ItemsError, match=reason) as raised:
+        model.encode(items, **options)
+    (note,) = raised.value.__notes__
+    assert len(raised.value.errors) == len(places) and "sorted by length" in note and note.count(" is {") == len(places)
+
+
+def test_more_pictures_than_the_model_takes_are_one_items_failure(encoder) -> None:
+    many, film = {"title": "t", "images": [picture(1)] * 17}, {"images": [picture(2)] * 15, "video": [picture(3)] * 2}
+    assert_left_out(encoder, ["a", many, {"images": [picture(1)] * 16}, film], [1, 3], "more than max_frames=16")
+
+
+def test_more_pictures_than_tokens_are_one_items_failure() -> None:
+    model = SentenceTransformer(modules=[SailSentenceTransformer(*build_tiny(latents_per_frame=True))], device="cpu")
+    model[0].processor.max_tokens = 60
+    items = ["a", {"title": "t", "images": [picture(1)] * 14}, {"title": "t", "images": [picture(1)] * 2}]
+    assert_left_out(model, items, [1], "max_tokens=60 leaves no room")
 
 
 @pytest.mark.slow

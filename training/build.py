@@ -153,6 +153,7 @@ def make_processor(
         image_token=image_token,
         audio_token=audio_token,
         audio_window_seconds=config.audio_window_seconds,
+        max_frames=config.max_frames,
         **options,
     )
     config.image_token_id = processor.image_token_id

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .bulk import bulk_benchmark
+from .bulk import bulk_benchmark, ray_benchmark
 from .cache import cache_benchmark
 from .child import ALLOCATORS
 from .encode import KINDS, encode_benchmark
@@ -30,6 +30,8 @@ from .train import PAIRS, train_benchmark
 Arguments = Mapping[str, Mapping[str, Any]]
 
 MODEL: Mapping[str, Any] = {"type": Path, "required": True, "help": "folder of a model"}
+MADE: Mapping[str, Any] = {"type": int, "help": "made up: text, some pictures and sounds"}
+WORK: Mapping[str, Any] = {"type": Path, "help": "where to write; a temporary folder by default"}
 
 
 def _size(default: int, said: str) -> Arguments:
@@ -83,12 +85,22 @@ BENCHMARKS: dict[str, tuple[str, Callable[[argparse.Namespace], Iterable[dict[st
         lambda a: bulk_benchmark(a.model, a.items, a.kills, a.smaller, a.real, a.work, a.options.split()),
         {
             "--model": MODEL,
-            "--items": {"type": int, "default": 100_000, "help": "made up: text, some pictures and sounds"},
+            "--items": {**MADE, "default": 100_000},
             "--kills": {"type": int, "default": 5},
             "--smaller": {"type": int, "nargs": "*", "default": [], "help": "numbers of items of further runs"},
             "--real": {"type": Path, "nargs": "*", "default": [], "help": "JSONL files or folders to be added"},
-            "--work": {"type": Path, "help": "where to write; a temporary folder by default"},
+            "--work": WORK,
             "--options": {"default": "", "help": "more of `sail encode`, as in --options '--workers 2'"},
+        },
+    ),
+    "ray": (
+        "`sail encode --engine ray` by number of workers, each of one thread",
+        lambda a: ray_benchmark(a.model, a.items, a.workers, a.work),
+        {
+            "--model": MODEL,
+            "--items": {**MADE, "default": 2_000},
+            "--workers": {"type": int, "nargs": "+", "default": [1, 2]},
+            "--work": WORK,
         },
     ),
     "exact": (

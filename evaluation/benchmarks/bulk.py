@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,39 +38,112 @@ def bulk_benchmark(
     work: Path | None = None,
     options: Sequence[str] = (),
 ) -> Iterator[dict[str, Any]]:
-    """Figures of a run in one go, of smaller ones beside it, and of one that is killed.
+    """Figures of runs in one go, and of one that is killed.
 
     Args:
         model: the model's folder.
         items: how many are made up; one in 16 has a picture, one in 32 a sound, the others are text.
-        kills: how often the second run of the same items is killed.
-        smaller: numbers of made items of further runs in one go: speed and memory should not depend on the number.
-        real: JSONL files or folders whose items are added to every run.
+        kills: how often the last run is killed.
+        smaller: numbers of made items of further runs in one go: neither an item's cost nor the memory should depend
+            on the number.
+        real: JSONL files or folders whose items are added to those of the run that is killed.
         work: where to write; a temporary folder by default.
         options: more of the command line, such as ``--workers 2``.
 
     Raises:
-        RuntimeError: the command failed; with what it said last.
+        ValueError: a run that is no smaller one. RuntimeError: the command failed; with what it said last.
     """
+    if any(count >= items for count in smaller):
+        raise ValueError(f"--smaller {list(smaller)}: fewer than --items {items} each.")
     with tempfile.TemporaryDirectory(dir=work) as name:
-        folder = Path(name)
-        for count in [*smaller, items]:
-            corpus, total = folder / f"{count}.jsonl", 0
-            total = write_corpus(corpus, count, real)
-            whole = folder / f"{count}.parquet"
-            seconds, peak = _finished(_command(model, corpus, whole, options))
-            case = f"{total} items"
-            yield figure("bulk", case, "items per second, start included", "items/s", total / seconds, None, "")
-            yield figure("bulk", case, "peak memory of all its processes", "MB", peak / 1e6, None, "")
+        folder, before = Path(name), (0, 0.0)
+        for count in sorted({*smaller, items}):
+            corpus = folder / f"{count}.jsonl"
+            write_corpus(corpus, count)
+            seconds, peak = _in_one_go(model, corpus, options)
+            yield from _run_figures(count, seconds, peak, before)
+            before = count, seconds
+        total = items
+        if real:
+            corpus = folder / "real.jsonl"
+            total = write_corpus(corpus, items, real)
+            seconds, peak = _in_one_go(model, corpus, options)
+            yield from _run_figures(total, seconds, peak)
         killed = folder / "killed.parquet"
         command = _command(model, corpus, killed, options)
         came, left = _kill_often(command, kills, seconds)
         again, _ = _finished(command)
         case = f"{total} items, killed {came} times"
+        differ = _sha256(killed) != _sha256(corpus.with_suffix(".parquet"))
         yield figure("bulk", case, "kills", "", came, None, "")
-        yield figure("bulk", case, "files that differ", "", float(_sha256(killed) != _sha256(whole)), None, "")
+        yield figure("bulk", case, "files that differ", "", float(differ), None, "")
         yield figure("bulk", case, "processes that outlived a kill", "", left, None, "")
         yield figure("bulk", case, "the last run", "s", again, seconds, "a run in one go")
+
+
+def ray_benchmark(
+    model: Path, items: int, workers: Sequence[int], work: Path | None = None
+) -> Iterator[dict[str, Any]]:
+    """Items a second of ``--engine ray`` by number of workers, each of which computes with one thread.
+
+    The start of the cluster and of the models, timed with a handful of items, is not counted.
+
+    Args:
+        model, work: as for `bulk_benchmark`.
+        items: as there; a worker has eight shards of them or more.
+        workers: numbers of them; the first is what the others stand beside.
+
+    Raises:
+        ValueError: fewer items than 16 a worker, or no worker. RuntimeError: the command failed.
+    """
+    if not workers or min(workers) < 1 or items < 16 * max(workers):
+        raise ValueError(f"--workers {list(workers)}, --items {items}: at least 1 worker, and 16 items for each.")
+    workers = list(dict.fromkeys(workers))
+    few = 2 * max(workers)
+    with tempfile.TemporaryDirectory(dir=work) as name:
+        folder, speeds, vectors = Path(name), {}, {}
+        for count in (few, items):
+            write_corpus(folder / f"{count}.jsonl", count)
+        for number in workers:
+            seconds = {}
+            for count in (few, items):
+                out = folder / f"{number}-{count}"
+                options = ["--engine", "ray", "--workers", str(number)]
+                options += ["--shard-size", str(-(-count // (8 * max(workers))))]
+                command = _command(model, folder / f"{count}.jsonl", out, options)
+                seconds[count], _ = _finished(command, {"OMP_NUM_THREADS": "1"})
+            speeds[number] = (items - few) / (seconds[items] - seconds[few])
+            vectors[number] = {path.name: _sha256(path) for path in sorted(out.glob("*.parquet"))}
+            case, unit = f"{items} items, {_said(number)} of one thread", "items/s"
+            name = "items per second after the start"
+            if number == workers[0]:
+                yield figure("ray", case, name, unit, speeds[number], None, "")
+                continue
+            first, peer = workers[0], _said(workers[0])
+            yield figure("ray", case, name, unit, speeds[number], speeds[first], peer)
+            changed = sum(vectors[number].get(file) != told for file, told in vectors[first].items())
+            yield figure("ray", case, "files that differ", "", changed, None, peer)
+
+
+def _said(workers: int) -> str:
+    return f"{workers} worker{'s' * (workers > 1)}"
+
+
+def _run_figures(
+    count: int, seconds: float, peak: int, before: tuple[int, float] = (0, 0.0)
+) -> Iterator[dict[str, Any]]:
+    """Of a run in one go; what an item costs without the start is told from the run ``before``, of fewer items."""
+    case, (fewer, shorter) = f"{count} items", before
+    yield figure("bulk", case, "items per second, start included", "items/s", count / seconds, None, "")
+    yield figure("bulk", case, "peak memory of all its processes", "MB", peak / 1e6, None, "")
+    if fewer:
+        each = (seconds - shorter) / (count - fewer) * 1e3
+        yield figure("bulk", case, f"cost of an item beyond the first {fewer}", "ms", each, None, "")
+
+
+def _in_one_go(model: Path, corpus: Path, options: Sequence[str]) -> tuple[float, int]:
+    """Seconds and bytes at the peak of a run that writes beside its corpus."""
+    return _finished(_command(model, corpus, corpus.with_suffix(".parquet"), options))
 
 
 def write_corpus(path: Path, count: int, real: Sequence[Path] = ()) -> int:
@@ -99,10 +173,11 @@ def _command(model: Path, source: Path, out: Path, options: Sequence[str]) -> li
     return [*program, str(source), "--model", str(model), "--out", str(out), *options]
 
 
-def _finished(command: list[str]) -> tuple[float, int]:
+def _finished(command: list[str], environment: Mapping[str, str] | None = None) -> tuple[float, int]:
     """Run to the end: seconds, and bytes at the peak."""
+    whole = {**os.environ, **(environment or {})}
     begun, peak = time.perf_counter(), 0
-    with tempfile.TemporaryFile() as said, subprocess.Popen(command, stdout=said, stderr=said) as process:
+    with tempfile.TemporaryFile() as said, subprocess.Popen(command, stdout=said, stderr=said, env=whole) as process:
         while process.poll() is None:
             peak = max(peak, sum(map(_memory, _tree(process.pid))))
             time.sleep(LOOK_SECONDS)
@@ -122,6 +197,8 @@ def _kill_often(command: list[str], kills: int, seconds: float) -> tuple[int, in
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             try:
                 process.wait(timeout=chooser.uniform(0, seconds / (kills + 1)))
+                if process.returncode:
+                    raise RuntimeError(f"{' '.join(command)} ended with status {process.returncode}")
                 return came, left  # it was done before
             except subprocess.TimeoutExpired:
                 tree = _tree(process.pid)

@@ -21,6 +21,7 @@ from transformers import AutoConfig, TrainingArguments
 
 from ...configuration_sail import AUDIO, EXTRA_CONFIGS, PAD, TEXT, VISION, preset_config
 from ...modeling_sail import SailEmbeddingModel
+from ...packing_sail import PACKED
 from ...processing_sail import token_batches
 from ...training.grad_cache import select
 from ...training.objective import Objective
@@ -135,12 +136,25 @@ def _padding_figures(
         found = torch.cat([step(select(whole, cut)) for cut in places])
         return found[torch.cat(places).argsort().to(found.device)]
 
-    turns = in_turn({"ours": partial(run, cuts), "fixed": partial(run, fixed)}, rounds)
-    peer = f"fixed batches of {FIXED}, as they come"
-    speeds = (size / turns.seconds[name] for name in ("ours", "fixed"))
-    yield line("ragged texts, passes cut by tokens", "items/s", *speeds, peer)
-    difference = float((turns.results["ours"] - turns.results["fixed"]).abs().max())
-    yield line("ragged texts: largest difference of vectors", "", difference, None, peer)
+    def end_to_end() -> Tensor:
+        padded = model.text_tower.config._attn_implementation
+        model.text_tower.set_attn_implementation(PACKED)
+        try:
+            return run(cuts)
+        finally:
+            model.text_tower.set_attn_implementation(padded)
+
+    sides = {"padded": partial(run, cuts), "packed": end_to_end, "fixed": partial(run, fixed)}
+    turns = in_turn(sides, rounds)
+    names = {"padded": "the same passes, padded", "fixed": f"fixed batches of {FIXED}, as they come"}
+    for ours, said, peer in (
+        ("padded", "ragged texts, passes cut by tokens", "fixed"),
+        ("packed", "ragged texts, passes cut by tokens, rows end to end", "padded"),
+    ):
+        speeds = (size / turns.seconds[name] for name in (ours, peer))
+        yield line(said, "items/s", *speeds, names[peer])
+        difference = float((turns.results[ours] - turns.results[peer]).abs().max())
+        yield line(f"{said}: largest difference of vectors", "", difference, None, names[peer])
 
 
 def random_model(preset: str, device: str, dtype: torch.dtype) -> SailEmbeddingModel:

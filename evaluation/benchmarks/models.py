@@ -65,7 +65,7 @@ def embed(
     """(N, D) normalised embeddings of decoded items, batch by batch."""
     result = torch.empty(len(loaded), module.get_embedding_dimension())
     for places, batch in batches:
-        found = module.model(**batch.to(module.model.device)).embeddings
+        found = module.model(**batch.to(module.model.device), unpadded=True).embeddings
         result[list(places)] = torch.nn.functional.normalize(found, dim=-1).float().cpu()
     return result
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...kernels_sail import plain_kernels
+from ...packing_sail import PACKED
 from .turns import seconds_of
 
 SIDES = (512, 1024, 2048)  # square products: in the caches, and beyond
@@ -50,13 +51,27 @@ def _products(one: Tensor, other: Tensor) -> dict[str, Callable[[], Tensor]]:
     return found
 
 
-def flops_of(work: Callable[[], Any]) -> dict[str, int]:
+def flops_of(work: Callable[[], Any], unpadded: Any = None) -> dict[str, int]:
     """Floating-point operations of a run of the model, counted from shapes: "linears" and "all".
 
     Counted with plain kernels, whose operators torch knows; the faster ones compute the same products.
+
+    Args:
+        work: the run.
+        unpadded: the text tower that computes without padding, if one does: padding is no work that was done.
     """
-    with plain_kernels(), FlopCounterMode(display=False) as counter:
-        work()
+    padded = None if unpadded is None else unpadded.config._attn_implementation
+    if padded is not None:
+        unpadded.set_attn_implementation(PACKED)
+    try:
+        with plain_kernels():
+            if padded is not None:
+                work()  # packed rows are tried when they are first wanted, which is not to be counted
+            with FlopCounterMode(display=False) as counter:
+                work()
+    finally:
+        if padded is not None:
+            unpadded.set_attn_implementation(padded)
     by_operator = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
     names = {name.replace("::", ".") for name in LINEARS}
     return {
