@@ -50,13 +50,15 @@ def run_backbone(tower: Any, embeds: Tensor, attention_mask: Tensor, unpadded: b
     Raises:
         ValueError: the tower was loaded with ``attn_implementation="packed"`` and gives other numbers then.
     """
-    chosen = None
+    chosen, packs = None, _attention(tower) == PACKED
     if unpadded and embeds.device.type == "cpu" and not torch.compiler.is_compiling():
-        if onednn_pays() or not bool(attention_mask.all()):  # without padding only the twin's linears may be worth it
+        ragged = not bool(attention_mask.all())
+        if ragged or onednn_pays():  # equal rows only for the twin's linears, which are held once so
             chosen = _packed_twin(tower)
+        packs |= ragged and chosen is not None
     if chosen is None:  # not before: each twin may hold the linears once more
         chosen = for_inference(tower)
-    if _attention(chosen) == PACKED and _can_pack(chosen, embeds, attention_mask, kwargs):
+    if packs and _can_pack(chosen, embeds, attention_mask, kwargs):
         try:
             return fuse_packed(chosen, embeds, attention_mask, **kwargs)
         except ValueError:
