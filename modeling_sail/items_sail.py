@@ -309,9 +309,9 @@ def _texts(fields: Mapping[str, Given], blame: partial) -> dict[str, str]:
         with blame(name):
             units = _units(name, fields.get(name))
         fresh: dict[str, str] = {}
-        for unit in units:
-            if unit and _key(unit) not in said:
-                fresh.setdefault(_key(unit), unit)
+        for unit in filter(None, units):
+            if (key := _key(unit)) not in said:
+                fresh.setdefault(key, unit)
         whole = _key(" ".join(units))
         if fresh and whole not in said:
             texts[name] = (", " if isinstance(fields[name], (list, tuple)) else " ").join(fresh.values())
@@ -331,4 +331,15 @@ def _units(name: str, value: Given) -> list[str]:
 def _key(text: str) -> str:
     """What two texts must share to count as the same; of a text that is all punctuation, everything."""
     folded = unicodedata.normalize("NFKC", text).casefold()
-    return "".join(letter for letter in folded if unicodedata.category(letter)[0] not in "PZ") or folded
+    return folded.translate(_LETTERS) or folded
+
+
+class _Letters(dict[int, int | None]):
+    """What `str.translate` makes of each character: None of punctuation and space. Filled as characters come."""
+
+    def __missing__(self, code: int) -> int | None:
+        self[code] = None if unicodedata.category(chr(code))[0] in "PZ" else code
+        return self[code]
+
+
+_LETTERS = _Letters()

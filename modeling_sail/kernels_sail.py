@@ -3,12 +3,13 @@ that fit its cache.
 
 Unusual: the model is never changed. A module gets a twin that shares its weights; it is kept outside of the module
 tree, so that nothing of it is saved, trained or moved, and is made anew when the weights change. Only inference in
-float32 on a CPU takes twins; a twin that does not give the module's own numbers is dropped, with a warning.
+float32 or bfloat16 on a CPU takes twins; a twin that does not give the module's own numbers is dropped, with a warning.
 """
 
 from __future__ import annotations
 
 import copy
+import ctypes
 import os
 import warnings
 from collections.abc import Iterator
@@ -23,9 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-# On a CPU small batches of pictures and windows stay in the cache: measured 2 to 4 times faster than batches of 32.
-# Elsewhere the batch only bounds the memory of items with many frames; that number is not measured.
+# On a CPU small batches of pictures and windows stay in the cache: measured 2 to 4 times faster than batches of 32, and
+# by another quarter with half as many where the maps of convolutions are large. Elsewhere the batch only bounds the
+# memory of items with many frames; that number is not measured.
 TOWER_BATCH = 8
+CONVOLUTION_BATCH = 4
 TOWER_BATCH_ELSEWHERE = 128
 
 # A packed weight is a second copy. Towers with more than this in their linears are left as they are.
@@ -33,6 +36,7 @@ MAX_PACKED_BYTES = 2 << 30
 
 # How far a twin's numbers may lie from the module's, as a share of the largest. Folding moves them by about 1e-6.
 TOLERANCE = 1e-4
+_TYPES = (torch.float32, torch.bfloat16)
 
 _IN_PLACE = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish)
 Gains = tuple[bool, bool, str | None]  # what a twin has: folded batch norms, packed linears, another attention
@@ -62,27 +66,32 @@ def run_tower(tower: Any, values: Tensor, field: str) -> Tensor:
         values: its input; cast to the tower's type.
         field: "last_hidden_state" or "pooler_output".
     """
-    values = values.to(next(tower.parameters()).dtype)
+    dtype = next(tower.parameters()).dtype
     if torch.is_grad_enabled() or _plain.get():
-        return tower(values)[field]
+        return tower(values.to(dtype))[field]
     tower = for_inference(tower, values[:1], field)
-    if getattr(tower, "takes_channels_last", False):
-        values = values.contiguous(memory_format=torch.channels_last)
+    values = values.to(next(tower.parameters()).dtype)
     size = TOWER_BATCH if values.device.type == "cpu" else TOWER_BATCH_ELSEWHERE
-    return torch.cat([tower(part)[field] for part in values.split(size)])
+    if getattr(tower, "takes_channels_last", False):
+        values, size = values.contiguous(memory_format=torch.channels_last), CONVOLUTION_BATCH
+    return torch.cat([tower(part)[field] for part in values.split(size)]).to(dtype)
 
 
 def for_inference(module: Any, probe: Tensor | None = None, field: str = "", attention: str | None = None) -> Any:
-    """The module, or its faster twin where one is worth having and this is inference in float32 on a CPU.
+    """The module, or its faster twin where one is worth having and this is inference on a CPU.
+
+    The twin of a module in bfloat16 that has batch norms is in float32: its convolutions are faster there than the
+    module's own, and folded weights that are rounded once more moved vectors (the lowest cosine with float32 from .998
+    to .994).
 
     Args:
         module: its class, hooks and weights decide whether it has a twin.
         probe: an input of the module. Batch norms are folded only where it is given: which of them follows which
-            convolution is told from the order of their names, so the outputs of both are compared once.
+            convolution is told from the order of their names, so the outputs of both are compared once. Any type.
         field: of the output, to compare.
         attention: what the twin of a transformers model attends with, by the name that it is registered by.
     """
-    gains = (probe is not None and _folds(module), onednn_pays(), attention)
+    gains = (probe is not None and _folds(module), onednn_pays(_type(module)), attention)
     if not any(gains) or not _may_have_twin(module):
         return module
     key = (getattr(getattr(module, "config", None), "_attn_implementation", None), _state(module))
@@ -93,23 +102,24 @@ def for_inference(module: Any, probe: Tensor | None = None, field: str = "", att
     return module if known[1] is None else known[1]
 
 
-def onednn_pays() -> bool:
-    """Whether linears go through oneDNN instead of MKL: on AMD with AVX-512, which MKL does not use there.
+def onednn_pays(dtype: torch.dtype = torch.float32) -> bool:
+    """Whether linears keep weights that oneDNN has laid out for itself: on AMD with AVX-512.
 
-    Elsewhere both are equally fast (measured with AVX2), and on Arm oneDNN is PyTorch's own choice.
-    ``SAIL_ONEDNN=1`` or ``0`` in the environment decides otherwise.
+    In float32 MKL is PyTorch's choice, which does not use AVX-512 there: half as fast. In bfloat16 oneDNN is, but lays
+    the weights out anew in each call. Elsewhere both are equally fast in float32 (measured with AVX2), and on Arm oneDNN
+    is PyTorch's own choice. ``SAIL_ONEDNN=1`` or ``0`` in the environment decides otherwise.
     """
     asked = os.environ.get("SAIL_ONEDNN")
     if asked in ("0", "1"):
-        return asked == "1" and _onednn_works()
-    return _amd() and torch.backends.cpu.get_cpu_capability() == "AVX512" and _onednn_works()
+        return asked == "1" and _onednn_works(dtype)
+    return _amd() and torch.backends.cpu.get_cpu_capability() == "AVX512" and _onednn_works(dtype)
 
 
 # --- twins ----------------------------------------------------------------------------------------------------------
 
 
 class PackedLinear(nn.Module):
-    """A linear layer of which oneDNN has laid out the weight for itself; for inference in float32."""
+    """A linear layer of which oneDNN has laid out the weight for itself; for inference, in the weight's type."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -118,13 +128,17 @@ class PackedLinear(nn.Module):
         self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1024)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        if hidden.dtype != torch.float32 or not hidden.numel():
+        if hidden.dtype != self.weight.dtype or not hidden.numel():
             return nn.functional.linear(hidden, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(hidden, self._packed, self.bias, "none", [], "")
 
 
 def _twin(module: nn.Module, probe: Tensor | None, field: str, attention: str | None) -> nn.Module | None:
     """The module again, of the same weights, with what is faster in it; None where nothing is or the numbers differ."""
+    if probe is not None:
+        probe = probe.float()
+        if _type(module) != torch.float32:
+            module = copy.deepcopy(module).float()
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     twin: Any = copy.deepcopy(module, shared)
     changed = 0
@@ -137,7 +151,7 @@ def _twin(module: nn.Module, probe: Tensor | None, field: str, attention: str | 
     if probe is not None:
         changed += _fold(twin) + _widen(twin) + _open(twin)
         twin.takes_channels_last = True
-    if onednn_pays():
+    if onednn_pays(_type(twin)):
         changed += _pack(twin)
     if not changed or (probe is not None and not _agree(module, twin, probe, field)):
         return None
@@ -221,7 +235,7 @@ def _pack(twin: nn.Module) -> int:
         for name, child in parent.named_children()
         if type(child) is nn.Linear
     ]
-    if 4 * sum(child.weight.numel() for _, _, child in linears) > MAX_PACKED_BYTES:
+    if sum(child.weight.nbytes for _, _, child in linears) > MAX_PACKED_BYTES:
         return 0
     for parent, name, child in linears:
         setattr(parent, name, PackedLinear(child))
@@ -246,16 +260,18 @@ def _agree(module: Any, twin: Any, probe: Tensor, field: str) -> bool:
 
 
 def _may_have_twin(module: nn.Module) -> bool:
-    """Inference, in float32 on a CPU, of a module that nobody watches, traces or has wrapped."""
+    """Inference, in one of `_TYPES` on a CPU, of a module that nobody watches, traces or has wrapped."""
     if torch.is_grad_enabled() or module.training or _plain.get() or _traced():
         return False
     if any(_watched(part) for part in module.modules()):
         return False
     tensors = (*module.parameters(), *module.buffers())
-    return all(
+    dtype = _type(module)
+    return dtype in _TYPES and all(
         type(tensor) in (nn.Parameter, Tensor)
         and tensor.device.type == "cpu"
-        and not (tensor.is_floating_point() and tensor.dtype != torch.float32)
+        and tensor.layout == torch.strided
+        and not (tensor.is_floating_point() and tensor.dtype not in (dtype, torch.float32))
         and not tensor.is_inference()  # these have no version, so a change would not be seen
         for tensor in tensors
     )
@@ -271,15 +287,23 @@ def _traced() -> bool:
     return torch.jit.is_tracing() or torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
 
 
-def _state(module: nn.Module) -> tuple[tuple[int, int, str], ...]:
+def _type(module: nn.Module) -> torch.dtype:
+    """Of its first parameter."""
+    return next((tensor.dtype for tensor in module.parameters()), torch.float32)
+
+
+def _state(module: nn.Module) -> tuple[tuple[int, int, bytes], ...]:
     """Where each weight lies, how often it was written, and its first number: differs when the weights do.
 
     Writes through ``.data``, as PEFT's when it merges, are not counted; only the number tells of them.
     """
     return tuple(
-        (tensor.data_ptr(), tensor._version, str(tensor[(0,) * tensor.ndim].item()) if tensor.numel() else "")
+        (place := tensor.data_ptr(), tensor._version, _bytes_at(place, tensor.element_size()) if place else b"")
         for tensor in (*module.parameters(), *module.buffers())
     )
+
+
+_bytes_at = ctypes.string_at  # a number of each weight by ``Tensor.item`` took 7% of encoding texts
 
 
 def _folds(module: nn.Module) -> bool:
@@ -295,11 +319,12 @@ def _amd() -> bool:
 
 
 @cache
-def _onednn_works() -> bool:
+def _onednn_works(dtype: torch.dtype) -> bool:
     """Whether the private operators are in this version of torch, and give a linear's numbers."""
-    linear, rows = nn.Linear(24, 40), torch.linspace(-1, 1, 72).view(3, 24)
+    linear, rows = nn.Linear(24, 40).to(dtype), torch.linspace(-1, 1, 72, dtype=dtype).view(3, 24)
+    near = 1e-5 if dtype == torch.float32 else 0.02
     try:
         with torch.no_grad():
-            return torch.allclose(PackedLinear(linear)(rows), linear(rows), atol=1e-5)
+            return torch.allclose(PackedLinear(linear)(rows), linear(rows), rtol=near, atol=near)
     except (AttributeError, RuntimeError, TypeError):  # another version of torch, or one built without oneDNN
         return False

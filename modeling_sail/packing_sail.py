@@ -53,7 +53,7 @@ def run_backbone(tower: Any, embeds: Tensor, attention_mask: Tensor, unpadded: b
     chosen, packs = None, _attention(tower) == PACKED
     if unpadded and embeds.device.type == "cpu" and not torch.compiler.is_compiling():
         ragged = not bool(attention_mask.all())
-        if ragged or onednn_pays():  # equal rows only for the twin's linears, which are held once so
+        if ragged or onednn_pays(embeds.dtype):  # equal rows only for the twin's linears, which are held once so
             chosen = _packed_twin(tower)
         packs |= ragged and chosen is not None
     if chosen is None:  # not before: each twin may hold the linears once more
