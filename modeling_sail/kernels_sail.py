@@ -105,9 +105,9 @@ def for_inference(module: Any, probe: Tensor | None = None, field: str = "", att
 def onednn_pays(dtype: torch.dtype = torch.float32) -> bool:
     """Whether linears keep weights that oneDNN has laid out for itself: on AMD with AVX-512.
 
-    In float32 MKL is PyTorch's choice, which does not use AVX-512 there: half as fast. In bfloat16 oneDNN is, but lays
-    the weights out anew in each call. Elsewhere both are equally fast in float32 (measured with AVX2), and on Arm oneDNN
-    is PyTorch's own choice. ``SAIL_ONEDNN=1`` or ``0`` in the environment decides otherwise.
+    In float32 MKL is PyTorch's choice, which does not use AVX-512 there: half as fast. In bfloat16 it is oneDNN, which
+    lays the weights out anew in each call. Elsewhere both are equally fast in float32 (measured with AVX2), and on Arm
+    oneDNN is PyTorch's own choice. ``SAIL_ONEDNN=1`` or ``0`` in the environment decides otherwise.
     """
     asked = os.environ.get("SAIL_ONEDNN")
     if asked in ("0", "1"):

@@ -44,20 +44,21 @@ def run_backbone(tower: Any, embeds: Tensor, attention_mask: Tensor, unpadded: b
         tower: a transformers text model.
         embeds: (B, L, D).
         attention_mask: (B, L), 1 for tokens, 0 for padding.
-        unpadded: pack in inference in float32 on a CPU, too, if the tower gives the same numbers then.
+        unpadded: pack in inference on a CPU, too, if the tower attends by "sdpa" and gives the same numbers packed.
         kwargs: for the tower.
 
     Raises:
         ValueError: the tower was loaded with ``attn_implementation="packed"`` and gives other numbers then.
     """
-    chosen, packs = None, _attention(tower) == PACKED
+    ragged = False
     if unpadded and embeds.device.type == "cpu" and not torch.compiler.is_compiling():
         ragged = not bool(attention_mask.all())
-        if ragged or onednn_pays(embeds.dtype):  # equal rows only for the twin's linears, which are held once so
-            chosen = _packed_twin(tower)
-        packs |= ragged and chosen is not None
-    if chosen is None:  # not before: each twin may hold the linears once more
+    chosen = tower
+    if _attention(tower) == "sdpa" and (ragged or onednn_pays(embeds.dtype)):
+        chosen = for_inference(tower, attention=PACKED)  # for padded rows, too: another twin held the linears once more
+    if chosen is tower:
         chosen = for_inference(tower)
+    packs = _attention(chosen) == PACKED and (_attention(tower) == PACKED or (ragged and _packs(chosen)))
     if packs and _can_pack(chosen, embeds, attention_mask, kwargs):
         try:
             return fuse_packed(chosen, embeds, attention_mask, **kwargs)
@@ -69,17 +70,6 @@ def run_backbone(tower: Any, embeds: Tensor, attention_mask: Tensor, unpadded: b
 
 def _attention(tower: Any) -> str | None:
     return getattr(tower.config, "_attn_implementation", None)
-
-
-def _packed_twin(tower: Any) -> Any:
-    """The tower with packed attention, if it has a twin and that gives the same numbers; or None.
-
-    The tower itself keeps its attention; who chose another one than "sdpa" keeps that.
-    """
-    if _attention(tower) != "sdpa":
-        return None
-    twin = for_inference(tower, attention=PACKED)
-    return twin if twin is not tower and _attention(twin) == PACKED and _packs(twin) else None
 
 
 def fuse_packed(tower: Any, embeds: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:

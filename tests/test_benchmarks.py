@@ -112,7 +112,7 @@ def test_encode_compares_speed_and_vectors_with_fixed_batches(tiny_folder, kind,
         lowest = found[kind, "bfloat16: lowest cosine with float32", ""]["ours"]
         assert 0.99 < lowest <= found[kind, "bfloat16: mean cosine with float32", ""]["ours"] <= 1
         assert 1e-5 < found[kind, "bfloat16: farthest from float32", ""]["ours"] < 0.1
-        assert len(speeds) == 5
+        assert len(speeds) == 7
 
 
 def test_padding_that_is_not_computed_is_not_counted(tiny_folder) -> None:

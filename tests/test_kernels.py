@@ -100,6 +100,19 @@ def test_packed_linears_give_the_towers_numbers(packed) -> None:
     torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-5)
 
 
+def test_linears_in_bfloat16_are_packed_too(packed) -> None:
+    tower = whisper().to(torch.bfloat16)
+    fast, plain = both(tower, torch.randn(9, 16, 40))
+    linears = [part for part in twin_of(tower).modules() if isinstance(part, PackedLinear)]
+    assert linears and all(linear.weight.dtype == torch.bfloat16 for linear in linears)
+    assert fast.dtype == torch.bfloat16
+    torch.testing.assert_close(fast, plain, rtol=0.02, atol=0.02)
+    with torch.no_grad():
+        mixed = torch.randn(3, linears[0].in_features)
+        with pytest.raises(RuntimeError, match="dtype"):
+            linears[0](mixed)  # as the linear itself
+
+
 @pytest.mark.parametrize("shape", [(24,), (1, 24), (2, 3, 24), (0, 24), (2, 0, 24)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_packed_linear_takes_the_shapes_of_a_linear(packed, shape, bias) -> None:
@@ -117,6 +130,21 @@ def test_a_model_embeds_the_same_with_and_without(tiny, packed) -> None:
             plain = model(**batch).embeddings
     assert all(twin_of(part) is not None for part in (model.text_tower, model.perceiver, model.audio_adapter))
     torch.testing.assert_close(fast, plain, rtol=0, atol=1e-5)
+
+
+def test_a_model_in_bfloat16_embeds_nearly_the_same_with_and_without(tiny, packed) -> None:
+    model, processor = copy.deepcopy(tiny[0]).eval(), tiny[1]
+    batch = processor(seven_items())
+    with torch.no_grad():
+        exact = model(**batch).embeddings
+        model.to(torch.bfloat16)
+        fast = model(**batch, unpadded=True).embeddings
+        with plain_kernels():
+            plain = model(**batch).embeddings
+    assert all(twin_of(part) is not None for part in (model.text_tower, model.perceiver, model.audio_adapter))
+    assert fast.dtype == plain.dtype
+    near = nn.functional.cosine_similarity
+    assert near(fast.float(), exact).min() > 0.995 and near(plain.float(), exact).min() > 0.995
 
 
 def test_a_twin_follows_the_weights(vision, packed) -> None:
@@ -169,9 +197,25 @@ def test_training_gradients_and_other_types_have_no_twin(vision) -> None:
     assert all(parameter.grad is not None for parameter in vision.parameters())
     with torch.no_grad():
         assert for_inference(vision.train(), values[:1], "last_hidden_state") is vision
-        half = vision.eval().to(torch.bfloat16)
-        assert for_inference(half, values[:1].bfloat16(), "last_hidden_state") is half
-        assert run_tower(half, values, "last_hidden_state").dtype == torch.bfloat16
+        for other in (torch.float16, torch.float64):
+            vision.eval().to(other)
+            assert for_inference(vision, values[:1], "last_hidden_state") is vision
+
+
+def test_batch_norms_in_bfloat16_are_folded_in_float32(vision, packed) -> None:
+    values = torch.randn(9, 3, 32, 32)
+    exact, _ = both(vision, values)
+    half = copy.deepcopy(vision).to(torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in half.state_dict().items()}
+    fast, plain = both(half, values)
+    assert fast.dtype == plain.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in twin_of(half).parameters()} == {torch.float32}
+    assert (fast - exact).abs().mean() < (plain - exact).abs().mean(), "nearer to float32 than its own type"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in half.state_dict().items())
+    with torch.no_grad():
+        for parameter in half.parameters():
+            parameter.mul_(1.25)
+    assert not torch.allclose(both(half, values)[0], fast, rtol=1e-2), "the copy follows the weights"
 
 
 def test_who_watches_a_layer_sees_it_run(vision) -> None:
@@ -225,7 +269,7 @@ def test_large_weights_are_not_kept_twice(packed, monkeypatch) -> None:
 
 
 def test_the_machine_decides_and_the_environment_may_say_otherwise(monkeypatch) -> None:
-    monkeypatch.setattr(kernels_sail, "_onednn_works", lambda: True)
+    monkeypatch.setattr(kernels_sail, "_onednn_works", lambda dtype: True)
     for amd, capability, pays in ((True, "AVX512", True), (True, "AVX2", False), (False, "AVX512", False)):
         monkeypatch.delenv("SAIL_ONEDNN", raising=False)
         monkeypatch.setattr(kernels_sail, "_amd", lambda amd=amd: amd)
@@ -234,5 +278,5 @@ def test_the_machine_decides_and_the_environment_may_say_otherwise(monkeypatch) 
         for value in "01":
             monkeypatch.setenv("SAIL_ONEDNN", value)
             assert onednn_pays() is (value == "1")
-    monkeypatch.setattr(kernels_sail, "_onednn_works", lambda: False)
+    monkeypatch.setattr(kernels_sail, "_onednn_works", lambda dtype: False)
     assert not onednn_pays()  # asked for, but this torch has none

@@ -15,6 +15,7 @@ from typing import Any
 from .bulk import bulk_benchmark, ray_benchmark
 from .cache import cache_benchmark
 from .child import ALLOCATORS
+from .compiled import compile_benchmark
 from .encode import KINDS, encode_benchmark
 from .exact import exact_benchmark
 from .gpu import MODES, PRESETS, gpu_benchmark
@@ -62,6 +63,16 @@ BENCHMARKS: dict[str, tuple[str, Callable[[argparse.Namespace], Iterable[dict[st
         "where the time of an item goes, by part of the model and by operator",
         lambda a: parts_benchmark(a.model, a.items, a.rounds, a.kind, a.device),
         {"--model": MODEL, "--items": {"type": int, "default": 64}, **_choice("--kind", KINDS, KINDS), **_DEVICE},
+    ),
+    "compile": (
+        "each tower by the model's own kernels, as it is written, and by torch.compile",
+        lambda a: compile_benchmark(a.model, a.items, a.rounds, a.device, a.dtype),
+        {
+            "--model": MODEL,
+            "--items": {"type": int, "default": 8},
+            **_choice("--dtype", ("float32", "bfloat16"), ("float32",)),
+            **_DEVICE,
+        },
     ),
     "train": (
         "steps of training: towers computed or cached, beside sentence-transformers' trainer",
