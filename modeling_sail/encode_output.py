@@ -56,6 +56,11 @@ class Output:
         if names and self.work.name not in names and not self.manifest():
             raise ValueError(f"--out {out}: the folder holds other things and no {MANIFEST}; name a new or empty one.")
 
+    @property
+    def name(self) -> str:
+        """What is there, for messages: a single file once it is whole."""
+        return str(self.out if self.out.exists() else self.folder)
+
     # -- the job -----------------------------------------------------------------------------------------------------
 
     def manifest(self) -> Manifest | None:
@@ -109,7 +114,7 @@ class Output:
     def _refuse(self, differences: list[str]) -> None:
         if differences:
             raise ValueError(
-                f"{self.folder if not self.out.exists() else self.out} is of another job ({'; '.join(differences)}); "
+                f"{self.name} is of another job ({'; '.join(differences)}); "
                 "go on with what it was begun with, delete it, or name another --out."
             )
 

@@ -71,7 +71,7 @@ def encode_with_actors(plan: Plan, out: Output, missing: Sequence[Shard], bar: A
     )
     try:
         for row in mapped.iter_rows():
-            said = json.loads(row["said"])
+            said = said_by(row)
             bar.update(said["items"])
             yield said
     except ray.exceptions.RayError as error:
@@ -87,18 +87,29 @@ def cpus_each(nodes: Sequence[dict[str, float]], actors: int, gpu: bool) -> floa
 
 
 class _ShardEncoder:
-    """An actor: numbers of shards to what is said of their files."""
+    """An actor: numbers of shards to what is said of their files, or to why there is none.
+
+    A reason travels as a row: of what an actor raises, Ray tells with pages of its own, and its advice comes last.
+    """
 
     def __init__(self, plan: Plan, url: str | None, work: Path) -> None:
         self.plan = plan
         self.url = url
         self.work = work
-        self.encoder = Encoder(plan, workers=1)  # a process of its own decodes: a poisoned item must not end the actor
+        self.encoder: Encoder | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        return {"said": [json.dumps(self._encode(self.plan.shards[index])) for index in batch["index"]]}
+        return {"said": [json.dumps(self._said(self.plan.shards[index])) for index in batch["index"]]}
+
+    def _said(self, shard: Shard) -> dict[str, Any]:
+        try:
+            return self._encode(shard)
+        except Exception as error:
+            return {"failed": one_line(error)}
 
     def _encode(self, shard: Shard) -> dict[str, Any]:
+        if self.encoder is None:  # a process of its own decodes: a poisoned item must not end the actor
+            self.encoder = Encoder(self.plan, workers=1)
         if self.url is None:
             self.work.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.work if self.url is None else None) as folder:
@@ -111,15 +122,44 @@ class _ShardEncoder:
         if self.url is None:
             put_in_place(path, self.work.parent / path.name)
         else:
-            system, folder = fsspec.url_to_fs(self.url)
-            system.put_file(str(path), f"{folder}/{path.name}")
+            with told(self.url):
+                system, folder = fsspec.url_to_fs(self.url)
+                system.put_file(str(path), f"{folder}/{path.name}")
+
+
+def said_by(row: dict[str, Any]) -> dict[str, Any]:
+    """What an actor says of a shard.
+
+    Raises:
+        RuntimeError: that it could not make it.
+    """
+    said: dict[str, Any] = json.loads(row["said"])
+    if "failed" in said:
+        raise RuntimeError(f"on a node of the cluster: {said['failed']}")
+    return said
+
+
+@contextmanager
+def told(url: str) -> Iterator[None]:
+    """What goes wrong at a URL as an OSError of one line: libraries of stores have classes of their own for it."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(f"--out {url}: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, or where it says nothing, what it is."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class RemoteOutput(Output):
     """A folder behind a URL of fsspec. There is no lock: two jobs at once write the same bytes twice.
 
     Raises:
-        ValueError: one file is asked for, a place that only one process sees, or one that holds other things.
+        ValueError: one file is asked for, a place that only one process sees, one that holds other things, or a bucket
+            that is not there.
+        OSError: the URL cannot be reached; so do all methods.
     """
 
     def __init__(self, url: str) -> None:
@@ -128,14 +168,16 @@ class RemoteOutput(Output):
         if url.startswith("memory://"):
             raise ValueError("--out memory://... is seen by one process only; name a path or another URL.")
         self.url = url
-        self.out = self.folder = Path(url)  # for messages
+        self.out = self.folder = Path(url)  # nothing is there: what a job on a disk would leave out of its source
         self.work = self.folder / ".work"
         self.single = False
-        self.system, self.root = fsspec.url_to_fs(url)
-        if self.system.isfile(self.root):
+        with told(url):
+            self.system, self.root = fsspec.url_to_fs(url)
+            is_file, names = self.system.isfile(self.root), self._names()
+        if is_file:
             raise ValueError(f"--out {url}: this is a file; name another place.")
-        self._refuse_foreign(url, self._names())
-        self.system.makedirs(self.root, exist_ok=True)
+        self._refuse_foreign(url, names)
+        self._make_root()
 
     def _names(self) -> set[str]:
         """What lies in the folder; object stores may list the folder itself, too."""
@@ -146,30 +188,56 @@ class RemoteOutput(Output):
             return set()
         return {path.rsplit("/", 1)[-1] for path in paths - {self.root.rstrip("/")}}
 
+    def _make_root(self) -> None:
+        """Make the folder, but no bucket: `makedirs` of a store makes one of a name that was mistyped, too."""
+        parts = self.root.rstrip("/").split("/")
+        if len(parts) == 1:  # a whole bucket
+            return
+        with told(self.url):
+            try:
+                if parts[0]:  # no root of a system with folders
+                    self.system.mkdir("/".join(parts[:2]), create_parents=False)
+            except FileExistsError:
+                pass
+            except FileNotFoundError as error:
+                raise ValueError(f"there is no {parts[0]!r}; correct the name, or make it first") from error
+            self.system.makedirs(self.root, exist_ok=True)
+
+    @property
+    def name(self) -> str:
+        """The URL: of a path, one of its slashes would be lost."""
+        return self.url
+
     def locked(self) -> Any:
         return nullcontext()
 
     def clear(self) -> None:
-        if self.system.exists(f"{self.root}/{PLAN}"):
-            self.system.rm(f"{self.root}/{Path(PLAN).parent}", recursive=True)
+        with told(self.url):
+            if self.system.exists(f"{self.root}/{PLAN}"):
+                self.system.rm(f"{self.root}/{Path(PLAN).parent}", recursive=True)
 
     def _read(self, name: str) -> dict[str, Any] | None:
-        try:
-            found = json.loads(self.system.cat_file(f"{self.root}/{name}"))
-        except (FileNotFoundError, ValueError):
-            return None
+        with told(self.url):
+            try:
+                found = json.loads(self.system.cat_file(f"{self.root}/{name}"))
+            except (FileNotFoundError, ValueError):
+                return None
         return found if isinstance(found, dict) else None
 
     def _write(self, name: str, content: Any) -> None:
-        self.system.makedirs(f"{self.root}/{Path(name).parent}", exist_ok=True)
-        self.system.pipe_file(f"{self.root}/{name}", json.dumps(content, indent=1, sort_keys=True).encode() + b"\n")
+        path = f"{self.root}/{name}"
+        with told(self.url):
+            if "/" in name:
+                self.system.makedirs(path.rpartition("/")[0], exist_ok=True)
+            self.system.pipe_file(path, json.dumps(content, indent=1, sort_keys=True).encode() + b"\n")
 
     def _said(self, name: str) -> dict[str, Any] | None:
         path = f"{self.root}/{name}"
-        if not self.system.exists(path):
-            return None
-        with self.system.open(path, "rb") as file:
-            return said_of(file)
+        with told(self.url):
+            if not self.system.exists(path):
+                return None
+            with self.system.open(path, "rb") as file:
+                return said_of(file)
 
 
 @contextmanager

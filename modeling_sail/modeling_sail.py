@@ -284,7 +284,7 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
             output_late_fusion: also ``late_fusion_embeddings``.
             use_all_parts: let every part of the model take part in the gradient, those that this batch does not need
                 with a blank input and times zero: ranks wait for each other's gradients of every part.
-            unpadded: on a CPU, in inference in float32, run the backbone without its padding: the same embeddings
+            unpadded: on a CPU, in inference, run the backbone without its padding: the same embeddings
                 sooner, and zeros in ``last_hidden_state`` at padding; elsewhere ``attn_implementation="packed"`` does.
             output_hidden_states, output_attentions: of the backbone, as in transformers.
 
