@@ -108,6 +108,20 @@ def test_a_process_that_never_begins_is_given_up(monkeypatch):
         list(workers.prepared([(TWO, True)]))
 
 
+def test_a_killed_process_that_does_not_end_is_waited_for_only_so_long(monkeypatch):
+    monkeypatch.setattr(encode_workers, "END_SECONDS", 0.1)
+    asleep = "lambda self: lambda items: __import__('time').sleep(15)"  # ends, lest a wait without limit hang the test
+    worker = encode_workers._Worker(Made(f"type('Asleep', (), {{'make': {asleep}}})()"), 0.1)
+    worker._start()
+    process = worker._process
+    monkeypatch.setattr(process, "kill", lambda: None)  # as one that waits for a dead disk
+    with pytest.raises(encode_workers._Stuck):
+        worker.ask(["a"])
+    assert process.is_alive(), "it was waited for to its end"
+    assert worker._process is None, "the next item is not for this process"
+    type(process).kill(process)
+
+
 TWO = encode_window.Window(0, 0, ["a", "b"], ["a", "b"], "")
 GOOD = "__import__('modeling_sail.encode_window', fromlist=['']).Prepared([], [''])"
 FAULT = r"2 items from 'a' on cannot be prepared together \(ZeroDivisionError: division by zero\)"

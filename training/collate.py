@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -84,7 +84,7 @@ class Collator:
         shared = _shares_items(draw)
         entries = self._entries(draw, shared)
         firsts, item_of = _once(entries) if shared else (entries, list(range(len(entries))))
-        prepared = self.prepare([entry.item for entry in firsts])
+        prepared = self.prepare([entry.item for entry in firsts], [entry.instruction for entry in firsts])
         good, skipped = _good_entries(draw, entries, [prepared[place].reason for place in item_of])
         rows = sorted({entries[number].row for number in good if entries[number].slot == TARGET})
         used = sorted({item_of[number] for number in good})
@@ -129,7 +129,7 @@ class Collator:
         Raises:
             ValueError: one of them cannot be read.
         """
-        prepared = self.prepare(items)
+        prepared = self.prepare(items, [instruction] * len(items))
         for place, one in enumerate(prepared):
             if one.reason:
                 raise ValueError(f"item {place}: {one.reason}")
@@ -137,8 +137,25 @@ class Collator:
 
     # -- items before padding ----------------------------------------------------------------------------------------
 
-    def prepare(self, items: Sequence[Item]) -> list[Prepared]:
-        """Decode or look up each item; N in, N out."""
+    def prepare(self, items: Sequence[Item], instructions: Sequence[str] = ()) -> list[Prepared]:
+        """Decode or look up each item; N in, N out. With instructions, good is what has room beside its own."""
+        prepared = self._read(items)
+        if not instructions:
+            return prepared
+        return [self._with_room(one, said) for one, said in zip(prepared, instructions, strict=True)]
+
+    def _with_room(self, one: Prepared, instruction: str) -> Prepared:
+        """The item, or why not even the first token of its text would fit."""
+        if one.layout is None:
+            return one
+        least = replace(one.layout, texts=dict.fromkeys([*one.layout.texts][:1], "a"))  # longer text is cut
+        try:
+            self.processor.sequence(least, instruction)
+        except ValueError as error:
+            return Prepared(reason=f"item: {error}")
+        return one
+
+    def _read(self, items: Sequence[Item]) -> list[Prepared]:
         if self.images is not None or self.sounds is not None:
             return [self._looked_up(item) for item in items]
         loaded, statuses = self.processor.load(items, errors="skip")

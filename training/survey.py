@@ -278,15 +278,16 @@ def _passes(
 ) -> Iterator[tuple[Tensor, Any]]:
     """(places, output) of each pass over the good ones; why the others are not is written into ``reasons``."""
     for start in range(0, len(items), DECODED):
-        prepared = collate.prepare(items[start : start + DECODED])
+        part = items[start : start + DECODED]
+        prepared = collate.prepare(part, [instruction] * len(part))
         reasons[start : start + DECODED] = [one.reason for one in prepared]
         good = torch.tensor([place for place, one in enumerate(prepared) if not one.reason], dtype=torch.long)
         if not len(good):
             continue
         batch = collate.pad([prepared[place] for place in good.tolist()], [instruction] * len(good))
         for cut in micro_batches(batch, PASS_TOKENS):
-            part = {name: value.to(model.device) for name, value in select(batch, cut).items()}
-            yield start + good[cut], model(**part, **wanted)
+            chosen = {name: value.to(model.device) for name, value in select(batch, cut).items()}
+            yield start + good[cut], model(**chosen, **wanted)
 
 
 # --- what is kept ---------------------------------------------------------------------------------------------------
