@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .kernels_sail import for_inference, onednn_pays
+from .kernels_sail import for_inference, in_few_sizes, onednn_pays
 
 try:
     from torch.nn.attention.varlen import varlen_attn as _kernel
@@ -85,12 +85,17 @@ def fuse_packed(tower: Any, embeds: Tensor, attention_mask: Tensor, **kwargs: An
     """
     there = attention_mask.bool()  # (B, L)
     lengths = there.sum(dim=1)  # (B,)
-    bounds = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)  # (B + 1,)
-    positions = (there.cumsum(dim=1) - 1)[there]  # (T,)
-    kwargs |= {"bounds": bounds, "longest": int(lengths.max()), "return_dict": True}
+    flat, positions = embeds[there], (there.cumsum(dim=1) - 1)[there]  # (T, D), (T,)
+    longest = int(lengths.max())
+    if embeds.device.type == "cpu" and not torch.is_grad_enabled():
+        more = in_few_sizes(len(flat)) - len(flat)  # as one more row, which nothing else sees
+        flat, positions = nn.functional.pad(flat, (0, 0, 0, more)), nn.functional.pad(positions, (0, more))
+        lengths = nn.functional.pad(lengths, (0, 1), value=more)
+    bounds = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)  # where each row begins, and the end
+    kwargs |= {"bounds": bounds, "longest": longest, "return_dict": True}
     token = _end_to_end.set(True)
     try:
-        output = tower(inputs_embeds=embeds[there][None], position_ids=positions[None], **kwargs)
+        output = tower(inputs_embeds=flat[None], position_ids=positions[None], **kwargs)
     finally:
         _end_to_end.reset(token)
     output.last_hidden_state = _unpacked(output.last_hidden_state, there)
@@ -218,7 +223,7 @@ def _check(asked: dict[str, Any], longest: int) -> None:
 
 
 def _unpacked(states: Tensor, there: Tensor) -> Tensor:
-    """(1, T, D) -> (B, L, D), zeros where (B, L) ``there`` is False."""
+    """(1, T or more, D) -> (B, L, D), zeros where (B, L) ``there`` is False."""
     rows = states.new_zeros(*there.shape, states.shape[-1])
     return rows.masked_scatter(there[..., None], states)
 

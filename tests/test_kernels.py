@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, EfficientNetConfig, WhisperConfig
 
 from modeling_sail import kernels_sail
-from modeling_sail.kernels_sail import PackedLinear, for_inference, onednn_pays, plain_kernels, run_tower
+from modeling_sail.kernels_sail import PackedLinear, for_inference, in_few_sizes, onednn_pays, plain_kernels, run_tower
 from modeling_sail.modeling_sail import build_tower
 
 from .conftest import seven_items
@@ -168,6 +168,42 @@ def test_a_twin_follows_weights_that_are_written_through_data(vision, packed) ->
         tensor.data.mul_(1.1)  # torch does not count it
     fast, plain = both(vision, values)
     torch.testing.assert_close(fast, plain, rtol=1e-3, atol=1e-4 * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_twin_follows_a_write_that_leaves_the_first_numbers_alone(packed, dtype) -> None:
+    tower, values = whisper().to(dtype), torch.randn(3, 16, 40)
+    before, _ = both(tower, values)
+    for linear in (part for part in tower.modules() if isinstance(part, nn.Linear)):
+        linear.weight.data[1:] *= -4
+    fast, plain = both(tower, values)
+    near = 1e-5 if dtype == torch.float32 else 0.03
+    torch.testing.assert_close(fast, plain, rtol=near, atol=near)
+    assert (fast - before).abs().max() > 0.1
+
+
+def test_ragged_calls_come_down_to_few_sizes(packed, monkeypatch) -> None:
+    sizes = {in_few_sizes(rows) for rows in range(5000)}
+    assert len(sizes) < 160 and all(rows <= in_few_sizes(rows) <= rows * 1.07 + 1 for rows in range(5000))
+    assert [in_few_sizes(rows) for rows in (0, 1, 31, 32, 33, 64, 65, 2047, 2048)] == [
+        0,
+        1,
+        31,
+        32,
+        34,
+        64,
+        68,
+        2048,
+        2048,
+    ]
+    seen = []
+    product = PackedLinear._product
+    monkeypatch.setattr(PackedLinear, "_product", lambda self, hidden: seen.append(hidden) or product(self, hidden))
+    linear, hidden = nn.Linear(24, 5), torch.randn(3, 11, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(PackedLinear(linear, ragged=True)(hidden), linear(hidden), rtol=1e-5, atol=1e-6)
+        PackedLinear(linear)(hidden)
+    assert [rows.numel() // 24 for rows in seen] == [34, 33]
 
 
 def test_a_twin_follows_the_attention_that_is_chosen_and_weights_that_are_no_numbers(packed) -> None:
