@@ -54,6 +54,7 @@ PRECISIONS = ("float32", "int8", "binary")
 FLAT_UP_TO, IVF_UP_TO = 50_000, 1_000_000  # items; exact search of 50,000 takes a few ms, full codes of 1M 0.5 GB
 SHORTEST = 128  # the shortest first pass that is tried, a usual Matryoshka length
 TRAIN_ROWS = (65_536, 1_000_000)  # at least (where there are as many), and at most
+LAST_SEED = 2**31 - 2  # FAISS keeps seeds in 32 bits with a sign, and the next one is used too
 CODE_ROWS = 40 * 256  # to train product codes, of 256 centroids each
 
 
@@ -131,10 +132,10 @@ def build_index(
         The folder's manifest: settings, measured recall, bytes an item, milliseconds a query.
 
     Raises:
-        ValueError: another kind or precision, a recall outside (0, 1], as `open_embeddings`, ``out`` is something else,
-            or another process writes it.
+        ValueError: another kind or precision, a recall outside (0, 1], a seed that FAISS has no room for, as
+            `open_embeddings`, ``out`` is something else, or another process writes it.
     """
-    _check(kind, precision, recall, first_pass)
+    _check(kind, precision, recall, first_pass, seed)
     started = time.perf_counter()
     files = open_embeddings(embeddings)
     if out.resolve() == embeddings.resolve():
@@ -155,7 +156,7 @@ def build_index(
     return manifest
 
 
-def _check(kind: str, precision: str, recall: float, first_pass: int | None) -> None:
+def _check(kind: str, precision: str, recall: float, first_pass: int | None, seed: int) -> None:
     if kind not in ("auto", *KINDS):
         raise ValueError(f"kind={kind} is unknown; there are auto, {', '.join(KINDS)}")
     if precision not in PRECISIONS:
@@ -166,6 +167,8 @@ def _check(kind: str, precision: str, recall: float, first_pass: int | None) -> 
         raise ValueError(f"recall={recall} must be above 0 and at most 1")
     if first_pass is not None and first_pass < 1:
         raise ValueError(f"first_pass={first_pass} must be at least 1")
+    if not 0 <= seed <= LAST_SEED:
+        raise ValueError(f"seed={seed} cannot be; --seed takes 0 to {LAST_SEED}")
 
 
 def _replaceable(out: Path) -> tuple[str, ...]:

@@ -389,7 +389,8 @@ class SailEmbeddingModel(SailEmbeddingPreTrainedModel):
         """(M, T, A) tokens of M windows with (M,) rising owners -> (G, D), one token for each of G items."""
         if self.audio_adapter is None:
             raise ValueError("There are sound features, but this model has no audio adapter (audio_config is None).")
-        return for_inference(self.audio_adapter)(features.to(self.audio_adapter.up.weight.dtype), _ranks(owner))
+        kind = self.audio_adapter.norm.weight.dtype  # not a linear's: where linears are quantised, `weight` is a method
+        return for_inference(self.audio_adapter)(features.to(kind), _ranks(owner))
 
     # -- fusion ------------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -191,8 +192,9 @@ class SailEmbeddingProcessor(ProcessorMixin):
     def assemble(self, loaded: Sequence[LoadedItem], sequences: Sequence[tuple[list[int], list[int]]]) -> BatchFeature:
         """Decoded items and the sequence of each to one batch."""
         data = self.pad(sequences)
-        data |= self._pictures([(*item.images, *item.frames) for item in loaded])
-        data |= self._windows([item.audio for item in loaded])
+        with torch.autocast("cpu", enabled=False):  # the model's; Whisper's extractor multiplies matrices, in float32
+            data |= self._pictures([(*item.images, *item.frames) for item in loaded])
+            data |= self._windows([item.audio for item in loaded])
         return BatchFeature(data)
 
     def batches(
@@ -203,9 +205,16 @@ class SailEmbeddingProcessor(ProcessorMixin):
         Yields:
             The places of the batch's items in ``loaded``, and the batch. Pictures and sounds of a batch are turned into
             tensors only when it is asked for.
+
+        Raises:
+            ValueError: a budget that is no whole number above 0.
         """
+        if token_budget is None:
+            token_budget = TOKEN_BUDGET
+        if isinstance(token_budget, bool) or not isinstance(token_budget, Integral) or token_budget < 1:
+            raise ValueError(f"token_budget={token_budget!r} must be a whole number of tokens above 0, or None.")
         sequences = [self.sequence(layout_of(item), instruction) for item in loaded]
-        for places in token_batches([len(ids) for ids, _ in sequences], token_budget or TOKEN_BUDGET):
+        for places in token_batches([len(ids) for ids, _ in sequences], int(token_budget)):
             yield places, self.assemble([loaded[place] for place in places], [sequences[place] for place in places])
 
     @staticmethod

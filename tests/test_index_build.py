@@ -137,11 +137,21 @@ def test_memory_does_not_grow_with_the_items(tmp_path) -> None:
         (["--kind", "opq", "--precision", "int8"], "product codes already"),
         (["--recall", "1.5"], "recall=1.5"),
         (["--first-pass", "0"], "first_pass=0"),
+        (["--seed", "99999999999"], "seed=99999999999 cannot be; --seed takes 0 to 2147483646"),
+        (["--seed", "2147483647"], "seed=2147483647 cannot be"),
+        (["--seed", "-1"], "seed=-1 cannot be"),
     ],
 )
-def test_settings_that_make_no_sense_are_one_line(catalogue, tmp_path, more, message, capsys) -> None:
+def test_settings_that_make_no_sense_are_one_line(catalogue, tmp_path, monkeypatch, more, message, capsys) -> None:
+    monkeypatch.setattr(index_build, "open_embeddings", lambda place: pytest.fail("embeddings were read first"))
     assert main(["index", str(catalogue[0]), "--out", str(tmp_path / "index"), *more]) == 2
-    assert message in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+@pytest.mark.parametrize("kind", ["ivf", "opq"])
+def test_the_last_seed_builds(catalogue, tmp_path, kind) -> None:
+    assert build_index(catalogue[0], tmp_path / "index", kind=kind, seed=index_build.LAST_SEED)["seed"] == 2**31 - 2
 
 
 def test_broken_embeddings_are_one_clear_error_each(tmp_path) -> None:

@@ -64,6 +64,16 @@ def test_a_missing_modality_is_marked_and_its_embedding_is_zero(tiny) -> None:
         assert (norms[mask] > 0).all()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch is to drop it for torchao
+def test_dynamically_quantised_linears_embed_every_kind_of_item_near_the_float_ones(tiny) -> None:
+    linear = torch.nn.Linear
+    quantised = torch.ao.quantization.quantize_dynamic(tiny[0], {linear}, dtype=torch.qint8)
+    assert not any(type(part) is linear for part in quantised.modules())
+    found, exact = (embed((model, tiny[1]), seven_items()).embeddings for model in (quantised, tiny[0]))
+    assert found.isfinite().all() and not torch.equal(found, exact)
+    assert (torch.cosine_similarity(found, exact) > 0.998).all()
+
+
 def test_pooling_is_the_mean_of_tanh_over_all_tokens(tiny) -> None:
     model, processor = tiny
     batch = processor(["a few words", "one"])

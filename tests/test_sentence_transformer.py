@@ -116,6 +116,27 @@ def test_encode_takes_every_item_form_and_keeps_the_order(encoder, tiny) -> None
     np.testing.assert_allclose(encoder.encode(items, token_budget=50), together, atol=1e-5)
 
 
+def test_under_autocast_the_model_alone_computes_in_bfloat16(encoder) -> None:
+    items = seven_items()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast, batch = encoder.encode(items), encoder.processor(items)
+        assert torch.is_autocast_enabled("cpu")
+    for name, value in encoder.processor(items).items():
+        assert torch.equal(batch[name], value), name
+    plain = encoder.encode(items)
+    assert ((cast * plain).sum(axis=1) > 0.999).all() and np.abs(cast - plain).max() > 1e-5
+
+
+@pytest.mark.parametrize("budget", [0, -3, "9", 2.5, True])
+def test_a_token_budget_that_cannot_be_is_one_line(encoder, budget) -> None:
+    with pytest.raises(ValueError, match=rf"^token_budget={budget!r} must be a whole number .* above 0.*$"):
+        encoder.encode(["a", "b"], token_budget=budget)
+    with pytest.raises(ValueError, match="token_budget="):  # as `OnnxSail` asks, which has the processor's passes too
+        next(encoder.processor.batches([], "", budget))
+    many = encoder.encode(["a", "b"], token_budget=np.int64(9))
+    np.testing.assert_allclose(many, encoder.encode(["a", "b"], token_budget=None), atol=1e-5)
+
+
 def test_prompts_change_the_embedding_and_match_the_processor(encoder) -> None:
     plain = encoder.encode("a kangaroo")
     named = encoder.encode("a kangaroo", prompt_name="q2i_query")

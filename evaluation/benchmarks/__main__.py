@@ -167,6 +167,9 @@ def _run(args: argparse.Namespace) -> None:
     args.allocators = dict(list(ALLOCATORS.items())[:1]) if args.default_allocator else ALLOCATORS
     if args.rounds < 1:
         raise ValueError(f"--rounds {args.rounds}: at least one round is needed.")
+    for flag, file in (("--out", args.out), ("--picture", args.picture)):
+        if file is not None:
+            _check_writable(flag, file)
     figures = []
     for figure in BENCHMARKS[args.benchmark][1](args):
         figures.append(figure)
@@ -179,6 +182,17 @@ def _run(args: argparse.Namespace) -> None:
         draw(figures, args.picture)
     elif args.out is not None and any(drawable(figure) for figure in figures):
         draw_file(args.out, args.out.with_suffix(".svg"))
+
+
+def _check_writable(flag: str, file: Path) -> None:
+    """Refuse a file that cannot be written before what is to be written is measured for minutes."""
+    there = file.exists() or file.is_symlink()
+    try:
+        file.open("a").close()
+    except OSError as error:
+        raise ValueError(f"{flag} {file} cannot be written: {error.strerror}.") from error
+    if not there:  # a run that fails leaves no empty file
+        file.unlink()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -51,10 +51,13 @@ def bulk_benchmark(
         options: more of the command line, such as ``--workers 2``.
 
     Raises:
-        ValueError: a run that is no smaller one. RuntimeError: the command failed; with what it said last.
+        ValueError: a run that is no smaller one, no items, fewer kills than none. RuntimeError: the command failed;
+            with what it said last.
     """
-    if any(count >= items for count in smaller):
-        raise ValueError(f"--smaller {list(smaller)}: fewer than --items {items} each.")
+    if items < 1 or kills < 0:
+        raise ValueError(f"--items {items}, --kills {kills}: at least one item, and no fewer kills than 0.")
+    if not all(0 < count < items for count in smaller):
+        raise ValueError(f"--smaller {list(smaller)}: above 0 and fewer than --items {items} each.")
     with tempfile.TemporaryDirectory(dir=work) as name:
         folder, before = Path(name), (0, 0.0)
         for count in sorted({*smaller, items}):

@@ -34,7 +34,13 @@ PEER_SIZES = (256,)  # its mini-batches; with several, the best one is its figur
 def cache_benchmark(
     size: int, rounds: int, allocators: Mapping[str, Mapping[str, str]] = ALLOCATORS
 ) -> Iterator[dict[str, Any]]:
-    """Figures at B = ``size`` pairs and, for the memory, at a quarter of it; sides in turn, in their own processes."""
+    """Figures at B = ``size`` pairs and, for the memory, at a quarter of it; sides in turn, in their own processes.
+
+    Raises:
+        ValueError: fewer than two pairs in the quarter.
+    """
+    if size < 8:
+        raise ValueError(f"--size {size}: 8 pairs at least; a quarter of them is measured too, and needs negatives.")
     sides: dict[str, dict[str, Any]] = {"ours": {}, "direct": {}}
     sides |= {f"peer {mini}": {"mini": mini} for mini in PEER_SIZES}
     for allocator, environment in allocators.items():

@@ -20,7 +20,7 @@ from ...kernels_sail import run_tower
 from ...packing_sail import run_backbone
 from .figures import figure
 from .items import items_for
-from .models import as_encoder, check_folder, module_of
+from .models import as_encoder, check_device, check_folder, module_of
 from .turns import in_turn, seconds_of
 
 COMPILED = "torch.compile"
@@ -40,9 +40,10 @@ def compile_benchmark(
         dtypes: names of torch's types.
 
     Raises:
-        ValueError: no model in the folder, no items, nothing that compiles here.
+        ValueError: no model in the folder, no such device, no items, nothing that compiles here.
     """
     check_folder(model)
+    check_device(device)
     if items < 1:
         raise ValueError(f"--items {items}: at least one is needed.")
     for name in dtypes:

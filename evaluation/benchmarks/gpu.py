@@ -29,7 +29,7 @@ from ...training.trainer import ContrastiveTrainer
 from .child import measured
 from .figures import figure
 from .items import MIXES, TOKENS
-from .models import FIXED
+from .models import FIXED, check_device
 from .peak import flops_of, matrix_peak
 from .turns import in_turn, synchronize
 
@@ -85,10 +85,11 @@ def gpu_benchmark(
         modes: of `MODES`.
 
     Raises:
-        ValueError: no such device.
+        ValueError: no such device, no items.
     """
-    if device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: torch sees no GPU here; take --device cpu.")
+    check_device(device)
+    if size < 1:
+        raise ValueError(f"--size {size}: at least one item is needed.")
     peak = max(matrix_peak(getattr(torch, dtype), device, PEAK_SIDES[torch.device(device).type]).values())
     yield figure("gpu", f"{device}, {dtype}", "matrix-product peak", "GFLOP/s", peak, None, "")
     for preset in presets:

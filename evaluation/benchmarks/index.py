@@ -114,8 +114,10 @@ def index_benchmark(
         embeddings: what `sail encode` wrote.
 
     Raises:
-        ValueError: too few items, or `load_embeddings`.
+        ValueError: too few items, no dimension, or `load_embeddings`.
     """
+    if embeddings is None and (size < 2 * TOP or dim < 1):
+        raise ValueError(f"--size {size}, --dim {dim}: at least {2 * TOP} items and 1 dimension are needed.")
     vectors = synthetic(size + QUERIES, dim) if embeddings is None else unit(load_embeddings(embeddings)[1])
     held = QUERIES if embeddings is None else min(QUERIES, len(vectors) // 10)
     if not held or len(vectors) - held < 2 * TOP:

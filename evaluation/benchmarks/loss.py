@@ -45,7 +45,13 @@ SIDES = {"ours": blocked_nce, "dense": dense_nce}
 def loss_benchmark(
     size: int, rounds: int, allocators: Mapping[str, Mapping[str, str]] = ALLOCATORS
 ) -> Iterator[dict[str, Any]]:
-    """Figures of time and memory at B = ``size``, each side in processes of its own, in turn."""
+    """Figures of time and memory at B = ``size``, each side in processes of its own, in turn.
+
+    Raises:
+        ValueError: fewer than two pairs.
+    """
+    if size < 2:
+        raise ValueError(f"--size {size}: in-batch negatives need two pairs at least.")
     for allocator, environment in allocators.items():
         found: dict[str, list[dict[str, Any]]] = {"ours": [], "dense": []}
         for _ in range(rounds):

@@ -123,7 +123,13 @@ def mine_benchmark(
     allocators: Mapping[str, Mapping[str, str]] = ALLOCATORS,
     cases: Sequence[str] = tuple(CASES),
 ) -> Iterator[dict[str, Any]]:
-    """Figures of time and memory at N = ``size`` pairs, each side in processes of its own, in turn."""
+    """Figures of time and memory at N = ``size`` pairs, each side in processes of its own, in turn.
+
+    Raises:
+        ValueError: fewer pairs than hold the negatives of each beside itself, twice.
+    """
+    if size < 2 * NEGATIVES:
+        raise ValueError(f"--size {size}: {2 * NEGATIVES} pairs at least, for {NEGATIVES} negatives each.")
     for kind, (allocator, environment) in product(cases, allocators.items()):
         found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
         for _ in range(rounds):

@@ -32,6 +32,18 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"{folder} holds no model; build one: sail build --preset mini --out {folder}")
 
 
+def check_device(device: str) -> None:
+    """Refuse a device that is not here before a model is loaded for it.
+
+    Raises:
+        ValueError: neither a CPU nor a GPU that torch sees.
+    """
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device}: take cpu or cuda.")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch sees no GPU here; take --device cpu.")
+
+
 def as_encoder(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> SentenceTransformer:
     """``SentenceTransformer(folder)``, whatever code lies in the folder: that of the installed package is measured."""
     return SentenceTransformer(modules=[load_module(folder, device, dtype)], device=device)

@@ -22,7 +22,7 @@ from torch.profiler import profile, record_function
 
 from .figures import figure
 from .items import KINDS, items_for, write_media
-from .models import as_encoder, check_folder, encoded, module_of, plainly
+from .models import as_encoder, check_device, check_folder, encoded, module_of, plainly
 from .turns import in_turn, synchronize
 
 # The methods that are the parts: of the processor, and of the model.
@@ -141,9 +141,10 @@ def parts_benchmark(
         device: where the model runs.
 
     Raises:
-        ValueError: no model in the folder, no items.
+        ValueError: no model in the folder, no such device, no items.
     """
     check_folder(model)
+    check_device(device)
     encoder = as_encoder(model, device)
     for kind in kinds:
         with tempfile.TemporaryDirectory() as folder:

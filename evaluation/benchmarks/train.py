@@ -35,7 +35,7 @@ from ...training.trainer import ContrastiveTrainer
 from .child import ALLOCATORS, measured, run_child
 from .figures import figure
 from .items import items_for, write_media
-from .models import check_folder
+from .models import check_device, check_folder
 from .turns import seconds_of, synchronize
 
 NAME, TEMPERATURE = "benchmark", 0.05
@@ -93,9 +93,10 @@ def train_benchmark(
         bfloat16: mixed precision on all sides.
 
     Raises:
-        ValueError: no model in the folder; fewer than two pairs.
+        ValueError: no model in the folder; no such device; fewer than two pairs.
     """
     check_folder(model)
+    check_device(device)
     if size < 2:
         raise ValueError(f"--size {size}: in-batch negatives need two pairs at least.")
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
