@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument("--shard-size", type=int, default=16_384, metavar="ITEMS", help="of one file")
     encode.add_argument("--workers", type=int, help="processes that decode (0: none but this); with Ray, actors")
     encode.add_argument("--item-seconds", type=float, default=300.0, help="what takes longer to decode is an error")
+    encode.add_argument("--threads", type=int, help="of torch in each process that holds the model; with Ray 1")
     encode.add_argument("--engine", choices=("local", "ray"), default="local")
     encode.add_argument("--address", help="of a Ray cluster; by default one is started here")
     encode.set_defaults(run=_encode)
@@ -212,8 +213,10 @@ def _encode(args: argparse.Namespace) -> None:
     from .encode_job import Options, encode, encode_here
     from .encode_output import Output
 
-    names = ("side", "dim", "dtype", "packed", "token_budget", "shard_size", "device", "workers", "item_seconds")
-    options = Options(task=_task(args.task), **{name: getattr(args, name) for name in names})
+    if args.address is not None and args.engine != "ray":
+        raise ValueError(f"--address {args.address} is of a Ray cluster; add --engine ray, or leave it out.")
+    names = ["side", "dim", "dtype", "packed", "token_budget", "shard_size", "device", "workers", "item_seconds"]
+    options = Options(task=_task(args.task), threads=args.threads, **{name: getattr(args, name) for name in names})
     if args.engine == "ray":
         from .encode_ray import encode_on_ray
 

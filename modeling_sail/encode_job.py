@@ -37,6 +37,7 @@ WINDOW = 256  # items at most: what a kill can cost, and within which items are 
 WINDOW_BYTES = 1 << 27  # of raw items and the tensors made of them, at most: of these a few windows are in memory
 IN_MEMORY = 64  # items of a window of `encode_items`
 MOST_SECONDS = 1_000_000  # eleven days; the system's own clock of waiting ends not much later
+MOST_THREADS = 1024  # more than machines have cores; with a few thousand torch may end the process
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Options:
         device: as torch names it; by default "cuda" where there is one, else "cpu".
         workers: processes that decode (0: none but this one); with Ray, actors. By default by the number of cores.
         item_seconds: an item that takes longer to decode becomes a row with that reason; not with 0 workers.
+        threads: of torch in each process that holds the model, which decide the last bits; by default as torch has them
+            here, with Ray 1.
     """
 
     task: str | None = "q2i"
@@ -66,15 +69,18 @@ class Options:
     device: str | None = None
     workers: int | None = None
     item_seconds: float = ITEM_SECONDS
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}.")
-        for name, least in (("dim", 1), ("token_budget", 1), ("shard_size", 1), ("workers", 0)):
+        for name, least in (("dim", 1), ("token_budget", 1), ("shard_size", 1), ("workers", 0), ("threads", 1)):
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
             if not (whole and value >= least) and (value is not None or name == "shard_size"):
                 raise ValueError(f"{name}={value!r} must be a whole number, at least {least}.")
+        if self.threads is not None and self.threads > MOST_THREADS:
+            raise ValueError(f"threads={self.threads} must be at most {MOST_THREADS}.")
         if not isinstance(self.item_seconds, (int, float)) or not 0 < self.item_seconds <= MOST_SECONDS:
             raise ValueError(f"item_seconds={self.item_seconds!r} must be a number above 0, at most {MOST_SECONDS}.")
 
@@ -187,6 +193,7 @@ def _described(model: Path, options: Options) -> tuple[Job, Cost]:
         "token_budget": options.budget,
         "shard_size": options.shard_size,
         "device": torch.device(options.place).type,
+        "threads": options.threads or torch.get_num_threads(),
         "window": [WINDOW, WINDOW_BYTES],
         **_versions(),
     }
@@ -248,11 +255,14 @@ class Encoder:
         self.pool.__enter__()  # its imports and the model's weights come at the same time
         attention = PACKED if plan.options.packed else None
         self.module = load_module(plan.model, plan.options.place, DTYPES[plan.options.dtype], attention)
+        self.threads_before = torch.get_num_threads()
+        torch.set_num_threads(said["threads"])  # the job's, whatever this machine or Ray would take
 
     def __enter__(self) -> Encoder:
         return self
 
     def __exit__(self, *error: object) -> None:
+        torch.set_num_threads(self.threads_before)
         self.pool.__exit__(*error)
 
     def shards(self, shards: Sequence[Shard], folder: Path, work: Path, bar: Any = None) -> Iterator[dict[str, Any]]:
@@ -374,5 +384,11 @@ def load_module(
 
 
 def _refuse_no_model(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no model; build one: sail build --preset mini --out {folder}")
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds only an adapter; merge it into its base model (PEFT: merge_and_unload), save that with "
+            "its processor (save_pretrained of both) in a folder of its own, and name that folder."
+        )
+    raise ValueError(f"{folder} holds no model; build one: sail build --preset mini --out {folder}")

@@ -2,13 +2,16 @@
 
 Unusual: the folder is read directory by directory, each in the order of its names and before those in it, so that a
 walk can begin in the middle, and no more than one directory's names are in memory. All pictures of a name are the
-item's; of its sounds, videos and texts the first by name is, and a warning tells which files are passed over.
+item's; of its sounds, videos and texts the first by name is, and a warning tells which files are passed over. A link
+whose file is not there (as git-annex and DVC leave them) is an item that says so, and only plain files are opened.
 """
 
 from __future__ import annotations
 
+import codecs
 import logging
 import os
+import stat
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,13 @@ SUFFIXES = {
 FIELD_OF = {suffix: field for field, suffixes in SUFFIXES.items() for suffix in suffixes}
 MAX_NAMED = 3  # files that a warning names
 MAX_TEXT = 1 << 24  # bytes of a text file; the rest would be cut from the sequence anyway
+MARKS = {  # of byte order, at a text's beginning; that of UTF-32 begins as that of UTF-16 does
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +110,7 @@ class FolderItems:
         for directory, names in walk(self.folder, self.leave_out, tuple(Path(start).parts)):
             groups: dict[str, list[str]] = {}
             for name in names:
-                if is_media(Path(name)) and (directory / name).is_file():
+                if is_media(Path(name)) and not os.path.isdir(directory / name):  # such as a link to one
                     groups.setdefault(Path(name).stem, []).append(name)
             place = directory.relative_to(self.folder)
             yield ("" if place == Path() else place.as_posix()), groups
@@ -111,22 +121,58 @@ class FolderItems:
         except OSError as error:
             return BadLine(f"text: {error}"), str(error).encode(errors="surrogateescape")
 
-    def _read(self, name: str, paths: list[Path]) -> tuple[dict[str, Any], bytes]:
+    def _read(self, name: str, paths: list[Path]) -> tuple[Any, bytes]:
         item: dict[str, Any] = {"id": name}
         seen = [repr([(path.name, _status(path)[0]) for path in paths]).encode(errors="surrogateescape")]
         for path in paths:
             field = FIELD_OF[path.suffix.lower()]
             value = str(path)
             if field == "text":
-                with path.open("rb") as file:
-                    content = file.read(MAX_TEXT)
+                if field in item:  # passed over: whatever is the matter with it
+                    continue
+                content = _content(path)
                 seen.append(content)
-                value = content.decode(errors="replace")
+                try:
+                    value = _decoded(content)
+                except UnicodeDecodeError as error:
+                    return BadLine(f"text: {path.name} is {not_text(error)}"), b"\0".join(seen)
             if field == "image" and field in item:
                 item.setdefault("images", []).append(value)
             else:
                 item.setdefault(field, value)
         return item, b"\0".join(seen)
+
+
+def _content(path: Path) -> bytes:
+    """The beginning of a text file.
+
+    Raises:
+        OSError: it is not there, closed to us, or no plain file: a pipe would keep who opens it waiting for ever.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no such file: {path}")
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(f"{path} is not a regular file")
+    with path.open("rb") as file:
+        return file.read(MAX_TEXT)
+
+
+def _decoded(content: bytes) -> str:
+    """Text in UTF-8, or as its byte order mark says; a character that was cut at ``MAX_TEXT`` is left out.
+
+    Raises:
+        UnicodeDecodeError: it is not.
+    """
+    encoding = next((name for mark, name in MARKS.items() if content.startswith(mark)), "utf-8")
+    return codecs.getincrementaldecoder(encoding)().decode(content, final=len(content) < MAX_TEXT)
+
+
+def not_text(error: UnicodeDecodeError) -> str:
+    """What is the matter with bytes that are not UTF-8, and what to do."""
+    name = "UTF-8" if error.encoding.startswith("utf-8") else f"UTF-8, nor {error.encoding} as it begins"
+    return (
+        f"not {name} ({error.reason} at byte {error.start}); write it as UTF-8, such as with iconv -f LATIN1 -t UTF-8"
+    )
 
 
 def _passed_over(names: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,13 @@ def encode_on_ray(model: Path, source: Path, out: str, options: Options, address
         model: the model's folder.
         source: what `open_source` takes.
         out: a path as for the local engine, or the URL of a folder that fsspec can write, such as ``s3://bucket/x``.
-        options: how; ``workers`` are actors.
+        options: how; ``workers`` are actors, of one thread each where ``threads`` does not say otherwise.
         address: of a running cluster; None starts one on this machine, unless Ray runs in this process already.
 
     Raises:
         ValueError: as `encode`; or a URL that actors cannot share.
     """
+    options = replace(options, threads=options.threads or 1)  # not by the nodes' cores: they may differ
     place = RemoteOutput(out) if "://" in out else Output(Path(out).absolute())
     with _cluster(address):
         return encode(model.absolute(), source.absolute(), place, options, encode_with_actors)

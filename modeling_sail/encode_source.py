@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from .encode_media import FIELD_OF, BadLine, FolderItems, is_media, walk
+from .encode_media import FIELD_OF, BadLine, FolderItems, is_media, not_text, walk
 from .items_sail import KNOWN_FIELDS
 
 Item = tuple[str, Any, bytes]  # id, the item or a BadLine, and the bytes by which a change of it is noticed
@@ -233,7 +233,9 @@ class JsonLines:
         if len(line) >= MAX_LINE:
             return BadLine(f"line {number} is longer than {MAX_LINE >> 20} MiB")
         try:
-            item = json.loads(line.decode(errors="replace"))
+            item = json.loads(line.decode())
+        except UnicodeDecodeError as error:  # the model would embed what stands in its place as if it were the text
+            return BadLine(f"line {number} is {not_text(error)}")
         except (ValueError, RecursionError) as error:
             return BadLine(f"line {number} is not JSON: {error}")
         return resolved(item, self.path.parent) if isinstance(item, dict) else item

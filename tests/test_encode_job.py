@@ -6,6 +6,7 @@ import errno
 import json
 import random
 import shutil
+from contextlib import nullcontext
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -66,6 +67,16 @@ def test_an_adapter_beside_the_weights_is_another_model(tiny_folder, tmp_path):
     hashes = [model_hash(tiny_folder), model_hash(folder)]
     save_file({"lora": torch.ones(2)}, folder / "adapter_model.safetensors")
     assert len({*hashes, model_hash(folder)}) == 3
+
+
+def test_a_folder_of_an_adapter_alone_is_said_to_be_one(run, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    with pytest.raises(ValueError, match="holds no model; build one: sail build"):
+        run(tmp_path / "x", model=tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="adapter holds only an adapter; merge it into its base model") as caught:
+        run(tmp_path / "x", model=tmp_path / "adapter")
+    assert "sail build" not in str(caught.value) and not (tmp_path / "x").exists()
 
 
 def test_a_folder_holds_the_rows_of_the_file_and_says_whose_they_are(run, tiny_folder, tmp_path):
@@ -251,10 +262,41 @@ def test_a_node_of_a_cluster_with_another_version_is_refused(run, tmp_path, monk
         run(tmp_path / "x")
 
 
+def test_another_number_of_threads_is_another_job(run, tmp_path):
+    assert run_killed(lambda out: run(out, threads=1), tmp_path / "x", 4, True)
+    with pytest.raises(ValueError, match=r"threads: 1 there, 2 now\); go on with what it was begun with"):
+        run(tmp_path / "x", threads=2)
+    assert run(tmp_path / "x")["ok"] == 13, "by default as many as torch has, which here is one"
+
+
+def test_the_model_computes_with_the_jobs_threads_and_the_callers_come_back(run, tmp_path, monkeypatch):
+    found, before = [], torch.get_num_threads()
+
+    def seen(*_: object) -> None:
+        found.append(torch.get_num_threads())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(encode_job, "embed", seen)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "x", threads=before + 1)
+    assert (found, torch.get_num_threads()) == ([before + 1], before)
+    assert json.loads((tmp_path / "x" / "manifest.json").read_text())["settings"]["threads"] == before + 1
+
+
+def test_actors_of_ray_have_one_thread_where_no_number_is_given(items, tiny_folder, tmp_path, monkeypatch):
+    encode_ray = pytest.importorskip("modeling_sail.encode_ray", reason="Ray is not installed", exc_type=ImportError)
+    monkeypatch.setattr(encode_ray, "_cluster", lambda _: nullcontext())
+    monkeypatch.setattr(encode_ray, "encode", lambda model, source, out, options, engine: {"given": options.threads})
+    for threads, given in ((None, 1), (3, 3)):
+        options = encode_job.Options(threads=threads)
+        assert encode_ray.encode_on_ray(tiny_folder, items, str(tmp_path / "x"), options) == {"given": given}
+
+
 OPTIONS = [
     *({"dim": 0}, {"dim": 65}, {"dim": 1.5}, {"dtype": "int8"}, {"shard_size": 0}, {"shard_size": None}),
     *({"workers": -1}, {"workers": "two"}, {"workers": 1.0}, {"workers": True}, {"token_budget": "9"}),
     *({"item_seconds": 0}, {"item_seconds": float("nan")}, {"item_seconds": float("inf")}, {"item_seconds": "1"}),
+    *({"threads": 0}, {"threads": -1}, {"threads": 1.0}, {"threads": 1025}),
 ]
 
 
@@ -273,6 +315,15 @@ def test_bfloat16_is_of_the_model_and_the_file_stays_float32(run, tmp_path):
     )
     assert 1e-5 < np.abs(wide - half).max() < 0.1
     np.testing.assert_allclose(np.linalg.norm(half, axis=1), 1, atol=1e-5)
+
+
+def test_an_address_without_ray_is_refused(items, tiny_folder, tmp_path, capsys):
+    out = tmp_path / "x"
+    arguments = ["encode", str(items), "--model", str(tiny_folder), "--out", str(out), "--address", "10.0.0.1:6379"]
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--address 10.0.0.1:6379" in line and "add --engine ray" in line
+    assert not out.exists()
 
 
 def test_a_user_who_stops_the_command_sees_one_line(items, tiny_folder, tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,7 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_sail import encode_source
+from modeling_sail import encode_media, encode_source
+from modeling_sail.encode_job import Options, encode, encode_here
+from modeling_sail.encode_output import Output
 from modeling_sail.encode_source import BadLine, open_source, read_items, stretches
 from modeling_sail.encode_window import cut_windows
 
@@ -79,8 +82,8 @@ def test_lines_that_are_no_items_keep_their_places(tmp_path, monkeypatch) -> Non
     found = list(read_items(path))
     assert [name for name, _ in found] == ["1", "4", "5", "6", "7", "8", "7"]
     assert found[0][1] == {"title": "first"}
-    assert found[1][1] == {"title": "fo\ufffdrth"}
-    assert [type(item) for _, item in found[2:6]] == [BadLine, list, BadLine, BadLine]
+    assert [type(item) for _, item in found[1:6]] == [BadLine, BadLine, list, BadLine, BadLine]
+    assert "line 4 is not UTF-8" in found[1][1].reason and "write it as UTF-8" in found[1][1].reason
     assert "line 5 is not JSON" in found[2][1].reason
     assert "line 7 is longer" in found[4][1].reason
     assert found[6][1]["title"] == "last"
@@ -170,6 +173,53 @@ def test_files_of_a_folder_that_are_in_no_item_are_said_and_chosen_by_name(tmp_p
     pictures = {"image": str(sub / "b.jpg"), "images": [str(sub / "b.png")]}
     assert items["sub/b"] == {"id": "sub/b", "audio": str(sub / "b.ogg"), **pictures}
     assert items["sub/c"] == {"id": "sub/c", "text": "c.TXT", "video": str(sub / "c.mkv")}
+
+
+def test_links_to_nothing_and_pipes_of_a_folder_are_rows_that_say_so(tmp_path, tiny_folder) -> None:
+    folder = tmp_path / "media"
+    (folder / "sub.png").mkdir(parents=True)
+    (folder / "good.txt").write_text("a word")
+    for name in ("gone.png", "gone-text.txt"):
+        (folder / name).symlink_to("../.git/annex/objects/x")
+    (folder / "link.png").symlink_to("sub.png")
+    for name in ("pipe.png", "pipe-text.txt"):
+        os.mkfifo(folder / name)
+    names = [name for name, _ in read_items(folder)]
+    assert names == ["gone-text", "gone", "good", "pipe-text", "pipe"], "directories and links to them are left out"
+    out = tmp_path / "x.parquet"
+    encode(tiny_folder, folder, Output(out), Options(device="cpu", workers=0), encode_here)
+    reasons = dict(zip(names, pq.read_table(out).column("reason").to_pylist(), strict=True))
+    assert reasons.pop("good") == ""
+    for name, reason in reasons.items():
+        field, said = ("text", ".txt") if name.endswith("text") else ("image", ".png")
+        known = "is not a regular file" if name.startswith("pipe") else "no such file"
+        assert reason.startswith(f"{field}: ") and known in reason and f"{name}{said}" in reason
+
+
+def test_texts_of_a_folder_are_utf_8_or_what_their_byte_order_mark_says(tmp_path, monkeypatch) -> None:
+    word = "caf\u00e9"
+    marked = {"b": "utf-8-sig", "c": "utf-16", "d": "utf-32"}
+    for name, encoding in {"a": "utf-8", **marked, "x": "latin-1"}.items():
+        (tmp_path / f"{name}.txt").write_bytes(word.encode(encoding))
+    (tmp_path / "e.txt").write_bytes(b"\xfe\xff" + word.encode("utf-16-be"))
+    (tmp_path / "y.txt").write_bytes(b"\xff\xfea\0b")
+    (tmp_path / "z.txt").write_bytes(b"\xff\0")
+    (tmp_path / "a.TXT").write_text("taken")
+    (tmp_path / "f.TXT").write_text("taken")
+    (tmp_path / "f.txt").write_bytes(b"passed over \xff")
+    found = dict(read_items(tmp_path))
+    assert {name: found[name]["text"] for name in "abcdef"} == {
+        **dict.fromkeys("bcde", word),
+        "a": "taken",
+        "f": "taken",
+    }
+    assert [type(found[name]) for name in "xyz"] == [BadLine] * 3
+    for name, said in (("x", "x.txt is not UTF-8 ("), ("y", "not UTF-8, nor utf-16-le as"), ("z", "not UTF-8 (")):
+        assert found[name].reason.startswith("text: ") and said in found[name].reason
+        assert "write it as UTF-8" in found[name].reason
+    monkeypatch.setattr(encode_media, "MAX_TEXT", 4)
+    (tmp_path / "a.TXT").unlink()
+    assert dict(read_items(tmp_path))["a"]["text"] == "caf", "a character that is cut is no error"
 
 
 @given(costs=st.lists(st.integers(0, 130), min_size=1, max_size=60))
