@@ -5,8 +5,8 @@ torchrun --nproc_per_node 2 -m tests.ranks CASE OUT
 
 from __future__ import annotations
 
-import random
 import os
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -123,8 +123,8 @@ def main() -> None:
         torch.save({"model": run.accelerator.unwrap_model(run.model).state_dict(), "losses": losses}, out)
     dist.barrier()
     dist.destroy_process_group()
-    # All is written and every rank is here. The interpreter's own end now and then aborts in torch's threads ("terminate
-    # called without an active exception", two of some twenty runs on one machine): it is no part of the promise.
+    # All is written and every rank is here. The interpreter's own end now and then aborts in torch's threads (with
+    # "terminate called without an active exception", in two of some twenty runs): it is no part of the promise.
     sys.stdout.flush()
     os._exit(0)
 
