@@ -81,8 +81,7 @@ def for_inference(module: Any, probe: Tensor | None = None, field: str = "", att
     """The module, or its faster twin where one is worth having and this is inference on a CPU.
 
     The twin of a module in bfloat16 that has batch norms is in float32: its convolutions are faster there than the
-    module's own, and folded weights that are rounded once more moved vectors (the lowest cosine with float32 from .998
-    to .994).
+    module's own, and folded weights that are rounded once more would move vectors.
 
     Args:
         module: its class, hooks and weights decide whether it has a twin.
@@ -329,7 +328,7 @@ def _state(module: nn.Module) -> tuple[tuple[int, int, bytes], ...]:
 
 
 def _ends(tensor: Tensor) -> bytes:
-    """The first and last 64 bytes; read as they lie, since `Tensor.item` took 7% of encoding texts."""
+    """The first and last 64 bytes; read as they lie: `Tensor.item` of each weight is slow, and each pass asks."""
     place, size = tensor.data_ptr(), tensor.nbytes
     if not place or not size:
         return b""
