@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, EfficientNetConfig, WhisperConfig
+from transformers import AttentionInterface, BertConfig, EfficientNetConfig, WhisperConfig
 
-from modeling_sail import kernels_sail
+from modeling_sail import kernels_sail, packing_sail
 from modeling_sail.kernels_sail import PackedLinear, for_inference, in_few_sizes, onednn_pays, plain_kernels, run_tower
 from modeling_sail.modeling_sail import build_tower
 
@@ -111,6 +111,40 @@ def test_linears_in_bfloat16_are_packed_too(packed) -> None:
         mixed = torch.randn(3, linears[0].in_features)
         with pytest.raises(RuntimeError, match="dtype"):
             linears[0](mixed)  # as the linear itself
+
+
+@pytest.fixture
+def own_attention(monkeypatch) -> None:
+    """The package's own is what "packed" names: the code of a model's folder may have taken the name."""
+    AttentionInterface.register("packed", packing_sail.packed_attention)
+    monkeypatch.setattr(packing_sail, "_SCORES", 2 * 20 * 20)
+
+
+def test_a_tower_in_bfloat16_attends_by_products(packed, own_attention, monkeypatch) -> None:
+    seen = []
+    through = packing_sail._products
+    monkeypatch.setattr(
+        packing_sail, "_products", lambda query, *rest: (seen.append(len(query)), through(query, *rest))[1]
+    )
+    tower = whisper()
+    values = torch.randn(9, 16, 40)
+    both(tower, values)
+    assert not seen  # in float32 torch's own is as fast
+    with torch.no_grad():
+        exact = tower(values).last_hidden_state
+    fast, plain = both(tower.to(torch.bfloat16), values)
+    assert seen == [1, 1, 8, 8, 1, 1]  # what is compared, then the batches, in each of two layers
+    assert tower.config._attn_implementation == "sdpa" and twin_of(tower) is not None
+    off = lambda found: float((found.float() - exact).norm() / exact.norm())  # noqa: E731
+    assert off(fast) < 2 * off(plain) < 0.05
+
+
+def test_a_tower_whose_other_attention_gives_other_numbers_keeps_its_own(packed, own_attention, monkeypatch) -> None:
+    monkeypatch.setattr(packing_sail, "_products", lambda query, key, value, scaling: 100 * value)
+    tower = whisper().to(torch.bfloat16)
+    with pytest.warns(UserWarning, match="moves its output by .* of its norm"):
+        fast, plain = both(tower, torch.randn(3, 16, 40))
+    assert torch.equal(fast, plain) and twin_of(tower) is None
 
 
 @pytest.mark.parametrize("shape", [(24,), (1, 24), (2, 3, 24), (0, 24), (2, 0, 24)])
@@ -279,7 +313,7 @@ def test_a_fold_that_gives_other_numbers_is_dropped_with_a_warning() -> None:
             return {"last_hidden_state": self.convolution(self.norm(values))}
 
     odd, values = Odd().eval(), torch.randn(2, 3, 4, 4)
-    with pytest.warns(UserWarning, match="folding its batch norms"):
+    with pytest.warns(UserWarning, match="moves its output"):
         fast, plain = both(odd, values)
     assert torch.equal(fast, plain)
     with warnings.catch_warnings():

@@ -20,6 +20,7 @@ from transformers import (
     Qwen3Config,
     XLMRobertaConfig,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from modeling_sail import kernels_sail, packing_sail
 from modeling_sail.kernels_sail import in_few_sizes, plain_kernels
@@ -282,6 +283,81 @@ def test_what_it_lacks_is_refused(asked, refused) -> None:
         return
     with pytest.raises(ValueError, match="take attn_implementation='sdpa'"):
         run()
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+@pytest.mark.parametrize("scaling", [None, 0.3])
+@pytest.mark.parametrize("at_once", [1, 1000, 1 << 20])
+def test_products_are_attention(monkeypatch, key_heads, scaling, at_once) -> None:
+    monkeypatch.setattr(packing_sail, "_SCORES_AT_ONCE", at_once)
+    query = torch.randn(3, 11, 4, 8).transpose(1, 2)
+    key, value = (torch.randn(3, 7, key_heads, 8).transpose(1, 2) for _ in range(2))
+    expected = nn.functional.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=True)
+    torch.testing.assert_close(packing_sail._products(query, key, value, scaling), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def products(monkeypatch) -> list[tuple[int, ...]]:
+    """Shapes of the queries that attend by products, as on a CPU where that pays."""
+    seen = []
+    through = packing_sail._products
+
+    def counted(query, *others):
+        seen.append(tuple(query.shape))
+        return through(query, *others)
+
+    monkeypatch.setattr(packing_sail, "onednn_pays", lambda dtype: True)
+    monkeypatch.setattr(packing_sail, "_SCORES", 4 * 7 * 7)
+    monkeypatch.setattr(packing_sail, "_products", counted)
+    return seen
+
+
+def attended(states: torch.Tensor, layer: nn.Module | None = None, **options):
+    keys = options.pop("keys", states)
+    with torch.no_grad():
+        return packed_attention(layer or nn.Identity(), states, keys, keys, options.pop("mask", None), **options)[0]
+
+
+def test_bfloat16_on_a_cpu_attends_by_products_where_it_is_plain_attention(products) -> None:
+    states, layer = torch.randn(2, 4, 7, 8), nn.Identity()
+    half = states.bfloat16()
+    layer.is_causal = False
+    near = {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(attended(half, layer).float(), attended(states, layer), **near)
+    ends = torch.tensor([0, 7, 9, 18], dtype=torch.int32)
+    rows = torch.randn(1, 4, 18, 8)
+    options = {"bounds": ends, "longest": 9}
+    torch.testing.assert_close(attended(rows.bfloat16(), **options).float(), attended(rows, **options), **near)
+    assert products == [(2, 4, 7, 8), (1, 4, 7, 8), (1, 4, 9, 8)]  # the row of two tokens has too few scores
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"is_causal": True},
+        {"is_causal": None},  # a layer that says nothing is causal, as under "sdpa"
+        {"dropout": 0.5},
+        {"mask": torch.ones(2, 1, 7, 7, dtype=torch.bool).tril()},
+        {"position_bias": torch.randn(1, 4, 7, 7).bfloat16()},
+        {"keys": torch.randn(1, 4, 7, 8).bfloat16()},  # one row for all
+    ],
+)
+def test_other_attention_is_torchs_own(products, options) -> None:
+    states = torch.randn(2, 4, 7, 8).bfloat16()
+    options = {"is_causal": False, **options}
+    torch.manual_seed(0)
+    ours = attended(states, **options)
+    torch.manual_seed(0)
+    keys, mask = options.pop("keys", states), options.pop("mask", None)
+    torch.testing.assert_close(ours, sdpa_attention_forward(nn.Identity(), states, keys, keys, mask, **options)[0])
+    assert not products
+
+
+def test_training_and_few_scores_attend_by_torchs_own(products) -> None:
+    states = torch.randn(2, 4, 7, 8).bfloat16().requires_grad_()
+    packed_attention(nn.Identity(), states, states, states, None, is_causal=False)[0].sum().backward()
+    attended(torch.randn(2, 4, 4, 8).bfloat16(), is_causal=False)
+    assert not products and states.grad is not None
 
 
 @pytest.mark.gpu
