@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from .encode_window import Cost, Prepared, Window, cut_windows
 from .encode_workers import ITEM_SECONDS, PreparerSettings, Workers, default_workers
 from .fingerprints import model_hash
 from .items_sail import ItemStatus
+from .kernels_sail import small_caches
 from .packing_sail import PACKED
 from .processing_sail import SailEmbeddingProcessor
 from .sentence_transformer_sail import SailSentenceTransformer
@@ -251,19 +253,21 @@ class Encoder:
         if other := [f"{name} {here}, not {said[name]}" for name, here in _versions().items() if here != said[name]]:
             raise ValueError(f"this machine has {' and '.join(other)}, which the job began with; install the same.")
         settings = PreparerSettings(plan.model, said["instruction"], said["token_budget"])
-        self.pool = Workers(settings, workers, plan.options.item_seconds)
-        self.pool.__enter__()  # its imports and the model's weights come at the same time
-        attention = PACKED if plan.options.packed else None
-        self.module = load_module(plan.model, plan.options.place, DTYPES[plan.options.dtype], attention)
-        self.threads_before = torch.get_num_threads()
-        torch.set_num_threads(said["threads"])  # the job's, whatever this machine or Ray would take
+        with ExitStack() as opened:
+            opened.enter_context(small_caches())
+            # Its imports and the model's weights come at the same time.
+            self.pool = opened.enter_context(Workers(settings, workers, plan.options.item_seconds))
+            attention = PACKED if plan.options.packed else None
+            self.module = load_module(plan.model, plan.options.place, DTYPES[plan.options.dtype], attention)
+            opened.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(said["threads"])  # the job's, whatever this machine or Ray would take
+            self.opened = opened.pop_all()
 
     def __enter__(self) -> Encoder:
         return self
 
     def __exit__(self, *error: object) -> None:
-        torch.set_num_threads(self.threads_before)
-        self.pool.__exit__(*error)
+        self.opened.close()
 
     def shards(self, shards: Sequence[Shard], folder: Path, work: Path, bar: Any = None) -> Iterator[dict[str, Any]]:
         """Write shards to a folder, their windows to another meanwhile.

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
+import subprocess
+import sys
 import warnings
 import weakref
 from types import SimpleNamespace
@@ -14,7 +17,15 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, BertConfig, EfficientNetConfig, WhisperConfig
 
 from modeling_sail import kernels_sail, packing_sail
-from modeling_sail.kernels_sail import PackedLinear, for_inference, in_few_sizes, onednn_pays, plain_kernels, run_tower
+from modeling_sail.kernels_sail import (
+    PackedLinear,
+    for_inference,
+    in_few_sizes,
+    onednn_pays,
+    plain_kernels,
+    run_tower,
+    small_caches,
+)
 from modeling_sail.modeling_sail import build_tower
 
 from .conftest import seven_items
@@ -238,6 +249,35 @@ def test_ragged_calls_come_down_to_few_sizes(packed, monkeypatch) -> None:
         torch.testing.assert_close(PackedLinear(linear, ragged=True)(hidden), linear(hidden), rtol=1e-5, atol=1e-6)
         PackedLinear(linear)(hidden)
     assert [rows.numel() // 24 for rows in seen] == [34, 33]
+
+
+MADE = """
+import torch
+from contextlib import nullcontext
+from modeling_sail.kernels_sail import PackedLinear, small_caches
+with torch.no_grad(), {within}:
+    linear = PackedLinear(torch.nn.Linear(8, 8))
+    for _ in range(2):
+        for rows in range(1, 101):
+            linear(torch.zeros(rows, 8))
+"""
+
+
+@pytest.mark.parametrize(("within", "again"), [("small_caches()", True), ("nullcontext()", False)])
+def test_in_small_caches_less_is_kept(packed, within, again) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("CACHE_CAPACITY")}
+    run = [sys.executable, "-c", MADE.format(within=within)]
+    said = subprocess.run(run, env={**environment, "ONEDNN_VERBOSE": "2"}, capture_output=True, text=True, check=True)
+    made = sum("create:cache_miss" in line for line in said.stdout.splitlines())
+    assert made >= 200 if again else 100 <= made < 120  # one for each number of rows, and the weight's own
+
+
+def test_small_caches_leave_the_environment_as_it_was(monkeypatch) -> None:
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    with small_caches():
+        assert os.environ["LRU_CACHE_CAPACITY"] == "7" and os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"
+    assert os.environ["LRU_CACHE_CAPACITY"] == "7" and "ONEDNN_PRIMITIVE_CACHE_CAPACITY" not in os.environ
 
 
 def test_a_twin_follows_the_attention_that_is_chosen_and_weights_that_are_no_numbers(packed) -> None:
