@@ -258,9 +258,14 @@ def _train(args: argparse.Namespace) -> None:
     from .training.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
+    from .training.distributed import leave
     from .training.stages import run_recipe  # imports the Trainer: a bad recipe needs no such wait
 
-    print(run_recipe(recipe))
+    try:
+        folder = run_recipe(recipe)
+    finally:
+        leave()
+    print(folder)
 
 
 def _mine(args: argparse.Namespace) -> None:

@@ -1,11 +1,10 @@
 """What two gloo ranks do in tests: run by torchrun, writes its parameters for the one-process run to compare with.
 
-torchrun --nproc_per_node 2 -m tests.ranks CASE OUT
+torchrun --nproc_per_node 2 -m tests.ranks CASE OUT, or recipe RECIPE
 """
 
 from __future__ import annotations
 
-import os
 import random
 import sys
 from pathlib import Path
@@ -14,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from modeling_sail.training.__main__ import main as run_training
 from modeling_sail.training.build import build_tiny
 from modeling_sail.training.collate import Collator
-from modeling_sail.training.distributed import rank, world_size
+from modeling_sail.training.distributed import leave, rank, world_size
 from modeling_sail.training.objective import TERMS, Objective
 from modeling_sail.training.recommendation.tables import IDTable
 from modeling_sail.training.rows import Row, TrainingDataset
@@ -110,8 +110,18 @@ def trainer(folder: Path, steps: int = 3, kind: str = "mixed", batch_size: int =
 
 
 def main() -> None:
-    """One rank."""
-    case, out = sys.argv[1], Path(sys.argv[2])
+    """One rank; it fails where a thread of its process group is left, which may abort the interpreter's end."""
+    if sys.argv[1] == "recipe":
+        status = run_training([sys.argv[2]])
+    else:
+        status = 0
+        _train(sys.argv[1], Path(sys.argv[2]))
+        leave()
+    names = [Path(thread, "comm").read_text() for thread in Path("/proc/self/task").glob("*")]
+    sys.exit(status or any("gloo" in name for name in names))
+
+
+def _train(case: str, out: Path) -> None:
     dist.init_process_group("gloo")
     kind, _, budget = case.partition("-")
     run = trainer(
@@ -122,11 +132,6 @@ def main() -> None:
         losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
         torch.save({"model": run.accelerator.unwrap_model(run.model).state_dict(), "losses": losses}, out)
     dist.barrier()
-    dist.destroy_process_group()
-    # All is written and every rank is here. The interpreter's own end now and then aborts in torch's threads (with
-    # "terminate called without an active exception", in two of some twenty runs): it is no part of the promise.
-    sys.stdout.flush()
-    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -242,7 +242,7 @@ def test_two_ranks_choose_and_train_as_one(recipe_of, tmp_path) -> None:
     run_recipe(load_recipe(recipe_of(change, "one")))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    run = [*command, "-m", "modeling_sail.training", str(recipe_of(change, "two"))]
+    run = [*command, "-m", "tests.ranks", "recipe", str(recipe_of(change, "two"))]
     done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     one, other = (tmp_path / name / "base" for name in ("one", "two"))

@@ -7,8 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-import torch.distributed as dist
-
+from .distributed import leave
 from .recipe import load_recipe
 
 
@@ -28,8 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"sail train: {error}", file=sys.stderr)
         return 2
     finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+        leave()
     print(folder)
     return 0
 

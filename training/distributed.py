@@ -6,6 +6,8 @@ no picture at all, still meets the others in every collective.
 
 from __future__ import annotations
 
+import gc
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -26,6 +28,17 @@ def wait() -> None:
     """Until every rank is here."""
     if world_size() > 1:
         dist.barrier()
+
+
+def leave() -> None:
+    """Destroy the process group; call it when nothing holds a trainer any more.
+
+    A trainer lies in cycles and holds the group (DistributedDataParallel does). Freed by the interpreter's end alone,
+    gloo's threads would free tensors when Python is gone: now and then that aborts a process whose work is all done.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+        gc.collect()  # its last holders: the group waits for its threads
 
 
 def counts_of(count: int, device: torch.device) -> list[int]:

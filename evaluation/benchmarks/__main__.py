@@ -106,11 +106,12 @@ BENCHMARKS: dict[str, tuple[str, Callable[[argparse.Namespace], Iterable[dict[st
     ),
     "ray": (
         "`sail encode --engine ray` by number of workers, each of one thread",
-        lambda a: ray_benchmark(a.model, a.items, a.workers, a.work),
+        lambda a: ray_benchmark(a.model, a.items, a.workers, a.work, a.cores_each),
         {
             "--model": MODEL,
             "--items": {**MADE, "default": 2_000},
             "--workers": {"type": int, "nargs": "+", "default": [1, 2]},
+            "--cores-each": {"type": int, "help": "cores of the machine for each worker; all by default"},
             "--work": WORK,
         },
     ),

@@ -85,9 +85,12 @@ def bulk_benchmark(
 
 
 def ray_benchmark(
-    model: Path, items: int, workers: Sequence[int], work: Path | None = None
+    model: Path, items: int, workers: Sequence[int], work: Path | None = None, cores_each: int | None = None
 ) -> Iterator[dict[str, Any]]:
     """Items a second of ``--engine ray`` by number of workers, each of which computes with one thread.
+
+    A worker's model takes one core and its decoding another's part, so one worker has more than its share of a small
+    machine. With ``cores_each`` N workers, and Ray itself, have N times so many cores and no more.
 
     The start of the cluster and of the models, timed with a handful of items, is not counted.
 
@@ -95,13 +98,18 @@ def ray_benchmark(
         model, work: as for `bulk_benchmark`.
         items: as there; a worker has eight shards of them or more.
         workers: numbers of them; the first is what the others stand beside.
+        cores_each: cores of the machine for each worker; all for any number of them by default.
 
     Raises:
-        ValueError: fewer items than 16 a worker, or no worker. RuntimeError: the command failed.
+        ValueError: fewer items than 16 a worker, no worker, or not so many cores here. RuntimeError: the command
+            failed.
     """
     if not workers or min(workers) < 1 or items < 16 * max(workers):
         raise ValueError(f"--workers {list(workers)}, --items {items}: at least 1 worker, and 16 items for each.")
     workers = list(dict.fromkeys(workers))
+    here = sorted(getattr(os, "sched_getaffinity", lambda _: ())(0))  # told on Linux alone
+    if cores_each is not None and not 0 < cores_each * max(workers) <= len(here):
+        raise ValueError(f"--cores-each {cores_each} for {max(workers)} workers: {len(here)} cores are here.")
     few = 2 * max(workers)
     with tempfile.TemporaryDirectory(dir=work) as name:
         folder, speeds, vectors = Path(name), {}, {}
@@ -114,10 +122,12 @@ def ray_benchmark(
                 options = ["--engine", "ray", "--workers", str(number)]
                 options += ["--shard-size", str(-(-count // (8 * max(workers))))]
                 command = _command(model, folder / f"{count}.jsonl", out, options)
-                seconds[count], _ = _finished(command, {"OMP_NUM_THREADS": "1"})
+                cores = here[: number * cores_each] if cores_each is not None else None
+                seconds[count], _ = _finished(command, {"OMP_NUM_THREADS": "1"}, cores)
             speeds[number] = (items - few) / (seconds[items] - seconds[few])
             vectors[number] = {path.name: _sha256(path) for path in sorted(out.glob("*.parquet"))}
-            case, unit = f"{items} items, {_said(number)} of one thread", "items/s"
+            each = f", {cores_each} core{'s' * (cores_each > 1)} each" if cores_each is not None else ""
+            case, unit = f"{items} items, {_said(number)} of one thread{each}", "items/s"
             name = "items per second after the start"
             if number == workers[0]:
                 yield figure("ray", case, name, unit, speeds[number], None, "")
@@ -176,9 +186,14 @@ def _command(model: Path, source: Path, out: Path, options: Sequence[str]) -> li
     return [*program, str(source), "--model", str(model), "--out", str(out), *options]
 
 
-def _finished(command: list[str], environment: Mapping[str, str] | None = None) -> tuple[float, int]:
-    """Run to the end: seconds, and bytes at the peak."""
+def _finished(
+    command: list[str], environment: Mapping[str, str] | None = None, cores: Sequence[int] | None = None
+) -> tuple[float, int]:
+    """Run to the end, on these cores alone: seconds, and bytes at the peak."""
     whole = {**os.environ, **(environment or {})}
+    if cores is not None:
+        pinned = f"import os, sys; os.sched_setaffinity(0, {list(cores)}); os.execv(sys.executable, sys.argv[1:])"
+        command = [sys.executable, "-c", pinned, *command]
     begun, peak = time.perf_counter(), 0
     with tempfile.TemporaryFile() as said, subprocess.Popen(command, stdout=said, stderr=said, env=whole) as process:
         while process.poll() is None:
