@@ -36,6 +36,8 @@ def refused(*given: str) -> str:
         ("bulk --model m --kills -1", "--kills -1: "),
         ("bulk --model m --items 0", "--items 0, "),
         ("bulk --model m --smaller 0", "--smaller [0]: above 0"),
+        ("ray --model m --cores-each 0", "--cores-each 0 for 2 workers: "),
+        ("ray --model m --cores-each 10000", "--cores-each 10000 for 2 workers: "),
     ],
 )
 def test_numbers_that_cannot_be_are_one_line(given, said, capsys) -> None:

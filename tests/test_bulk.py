@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import pytest
@@ -44,3 +45,12 @@ def test_a_corpus_is_the_same_each_time_and_holds_the_real_items(tmp_path) -> No
     assert json.loads(one.splitlines()[40]) == {"id": "real.jsonl-3", "title": "a real item"}
     assert sum("image" in item for item in items[:40]) == 3
     assert sum("audio" in item for item in items[:40]) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores are told on Linux alone")
+def test_a_command_can_be_kept_on_some_cores() -> None:
+    core = min(os.sched_getaffinity(0))
+    asked = "import os, sys; sys.exit(os.sched_getaffinity(0) != {int(sys.argv[1])})"
+    bulk._finished([sys.executable, "-c", asked, str(core)], cores=[core])
+    with pytest.raises(RuntimeError, match="failed"):
+        bulk._finished([sys.executable, "-c", asked, "-1"], cores=[core])
