@@ -261,10 +261,8 @@ def _train(args: argparse.Namespace) -> None:
     from .training.distributed import leave
     from .training.stages import run_recipe  # imports the Trainer: a bad recipe needs no such wait
 
-    try:
-        folder = run_recipe(recipe)
-    finally:
-        leave()
+    folder = run_recipe(recipe)
+    leave()
     print(folder)
 
 

@@ -3,7 +3,8 @@ that fit its cache.
 
 Unusual: the model is never changed. A module gets a twin that shares its weights; it is kept outside of the module
 tree, so that nothing of it is saved, trained or moved, and is made anew when the weights change. Only inference in
-float32 or bfloat16 on a CPU takes twins; a twin that does not give the module's own numbers is dropped, with a warning.
+float32 or bfloat16 on a CPU takes twins. A tower's twin that does not give the tower's own numbers is dropped, with a
+warning; `packing_sail` tries the backbone's.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import copy
 import ctypes
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
@@ -70,7 +71,7 @@ def run_tower(tower: Any, values: Tensor, field: str) -> Tensor:
         field: "last_hidden_state" or "pooler_output".
     """
     dtype = next(tower.parameters()).dtype
-    if torch.is_grad_enabled() or _plain.get():
+    if torch.is_grad_enabled() or _plain.get() or not len(values):
         return tower(values.to(dtype))[field]
     by_products = dtype == torch.bfloat16 and onednn_pays(dtype) and attention_of(tower) == "sdpa"
     tower = for_inference(tower, values[:1], field, attention="packed" if by_products else None)
@@ -89,9 +90,10 @@ def for_inference(module: Any, probe: Tensor | None = None, field: str = "", att
 
     Args:
         module: its class, hooks and weights decide whether it has a twin.
-        probe: an input of the module, of any type. Batch norms are folded only where it is given: which of them
-            follows which convolution is told from the order of their names, so the outputs of both are compared once.
-            So are they where the twin attends otherwise. With it, calls have few shapes, as a tower's batches have.
+        probe: an input of the module; what counts is its shape. Batch norms are folded only where it is given: which
+            of them follows which convolution is told from the order of their names, so the outputs of both are
+            compared once. So are they where the twin attends otherwise. With it, calls have few shapes, as a tower's
+            batches have.
         field: of the output, to compare.
         attention: what the twin of a transformers model attends with, by the name that it is registered by.
     """
@@ -102,7 +104,10 @@ def for_inference(module: Any, probe: Tensor | None = None, field: str = "", att
     twins = _TWINS.setdefault(module, {})
     known = twins.get(gains)
     if known is None or known[0] != key:
-        known = twins[gains] = (key, _twin(module, probe, field, attention, folds=gains[0]))
+        twin = _twin(module, probe, field, attention, folds=gains[0])
+        if twin is None and attention is not None and any(gains[:2]):
+            twin = _twin(module, probe, field, None, folds=gains[0])  # what else is faster is no worse for it
+        known = twins[gains] = (key, twin)
     return module if known[1] is None else known[1]
 
 
@@ -118,13 +123,14 @@ def in_few_sizes(rows: int) -> int:
 
 @contextmanager
 def small_caches() -> Iterator[None]:
-    """Within it oneDNN keeps what it makes for the last 64 shapes, not 1024: for long runs, whose memory is to be flat.
+    """A process whose first oneDNN call is within keeps what oneDNN made for 64 shapes, not 1024, until it ends.
 
-    Heard where this process has computed nothing with oneDNN before. Costs a model as small as ``tiny`` some 5%, larger
-    ones nothing that was seen. What the environment says already is left alone.
+    For long runs, whose memory is to be flat. Costs a model as small as ``tiny`` some 5%, larger ones nothing that was
+    seen. What the environment says already is left alone, and it is left as it was.
     """
-    mine = [name for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY") if name not in os.environ]
-    os.environ.update(dict.fromkeys(mine, "64"))  # the second is that of PyTorch's own layer above it
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # the second is PyTorch's own layer above it
+    mine = [name for name in names if not {name, name.replace("ONEDNN", "DNNL")} & set(os.environ)]
+    os.environ.update(dict.fromkeys(mine, "64"))
     try:
         yield
     finally:
@@ -189,20 +195,17 @@ def _twin(module: nn.Module, probe: Tensor | None, field: str, attention: str | 
         module = copy.deepcopy(module).float()
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     twin: Any = copy.deepcopy(module, shared)
-    other = False
     if attention is not None:
-        try:
+        with suppress(ValueError):  # a name that is not registered; a model with an attention of its own keeps it
             twin.set_attn_implementation(attention)
-            other = True
-        except ValueError:  # a model with an attention of its own
-            pass
+    other = attention is not None and attention_of(twin) == attention
     changed = _fold(twin) + _widen(twin) + _open(twin) if folds else 0
     twin.takes_channels_last = folds
     if onednn_pays(_type(twin)):
         changed += _pack(twin, ragged=probe is None)
     if not other and not changed:
         return None
-    agrees = probe is None or not (folds or other) or _agree(module, twin, probe.to(_type(module)), field)
+    agrees = probe is None or not (folds or other) or _agree(module, twin, probe.shape, field)
     return twin if agrees else None
 
 
@@ -291,7 +294,9 @@ def _pack(twin: nn.Module, ragged: bool) -> int:
 
 
 @torch.no_grad()
-def _agree(module: Any, twin: Any, probe: Tensor, field: str) -> bool:
+def _agree(module: Any, twin: Any, shape: Sequence[int], field: str) -> bool:
+    """Asked with the same random numbers in every process: the answer must not depend on which item comes first."""
+    probe = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(_type(module))
     own = module(probe)[field].float()
     layout = torch.channels_last if twin.takes_channels_last else torch.contiguous_format
     other = twin(probe.contiguous(memory_format=layout))[field].float()
@@ -302,7 +307,7 @@ def _agree(module: Any, twin: Any, probe: Tensor, field: str) -> bool:
         return True
     warnings.warn(
         f"{type(module).__name__}: what is faster on this CPU moves its output by {difference:.1e} of its "
-        f"{'norm' if whole else 'largest'}; it runs as it is, which is slower.",
+        f"{'norm' if whole else 'largest'}; it runs without, which is slower.",
         stacklevel=2,
     )
     return False
@@ -313,7 +318,7 @@ def _agree(module: Any, twin: Any, probe: Tensor, field: str) -> bool:
 
 def _may_have_twin(module: nn.Module) -> bool:
     """Inference, in one of `_TYPES` on a CPU, of a module that nobody watches, traces or has wrapped."""
-    if torch.is_grad_enabled() or module.training or _plain.get() or _traced():
+    if torch.is_grad_enabled() or module.training or _plain.get() or traced():
         return False
     if any(_watched(part) for part in module.modules()):
         return False
@@ -335,7 +340,8 @@ def _watched(part: nn.Module) -> bool:
     return bool(hooked) or "forward" in vars(part) or hasattr(part, "base_layer")
 
 
-def _traced() -> bool:
+def traced() -> bool:
+    """Whether a graph is made of what runs."""
     return torch.jit.is_tracing() or torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
 
 

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .kernels_sail import attention_of, for_inference, in_few_sizes, onednn_pays
+from .kernels_sail import attention_of, for_inference, in_few_sizes, onednn_pays, traced
 
 try:
     from torch.nn.attention.varlen import varlen_attn as _kernel
@@ -35,8 +35,8 @@ _PACKS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _HALF = (torch.float16, torch.bfloat16)
 _BESIDE_A_MASK = ("softcap", "s_aux", "position_bias", "cache")  # these, too, in a pass that is not packed
 # Attention as products pays from so many scores of a row on, in parts of so many, which stay in a cache, and up to so
-# many a head, the smallest part. Measured on two cores with AVX-512: 1.4 to 2.5 times as fast as torch's own. The rows
-# beside a row do not count: they would decide its last bits.
+# many a head, the smallest part. Measured on two cores with AVX-512: 1.4 to 2.5 times as fast as torch's own. How many
+# rows there are does not count: it would decide a row's last bits.
 _SCORES, _SCORES_AT_ONCE, _SCORES_OF_A_HEAD = 1 << 16, 1 << 20, 1 << 22
 _WINDOWS = ("sliding_window", "attention_chunk_size", "local_attention")  # of configurations: tokens that a layer sees
 _UNKNOWN = ("sliding_window", "softcap", "s_aux", "position_bias")  # what a layer may ask for beside attention itself
@@ -124,6 +124,8 @@ def _can_pack(tower: Any, embeds: Tensor, attention_mask: Tensor, kwargs: dict[s
 @torch.no_grad()
 def _packs(tower: Any, like: Tensor | None = None) -> bool:
     """Whether ragged rows come out of the tower packed as they do padded: tried once, with random ones.
+
+    Short ones, for which attention is torch's own: it is packing that is tried.
 
     Args:
         tower: with packed attention.
@@ -235,7 +237,7 @@ def _by_products(query: Tensor, key: Tensor, dropout: float) -> bool:
     """
     if query.dtype != torch.bfloat16 or query.device.type != "cpu" or dropout or torch.is_grad_enabled():
         return False
-    if query.shape[0] != key.shape[0] or torch.compiler.is_compiling():  # torch's own attention repeats a single row
+    if query.shape[0] != key.shape[0] or query.shape[1] % key.shape[1] or traced():  # torch's own repeats a single row
         return False
     head = query.shape[2] * key.shape[2]
     return (
@@ -259,7 +261,8 @@ def _products(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) 
     """
     rows, heads, tokens, width = query.shape
     groups = rows * key.shape[1]
-    query = query.reshape(groups, -1, width)  # heads that share a key attend as if they were more tokens
+    # Heads that share a key attend as if they were more tokens.
+    query = query.reshape(groups, heads // key.shape[1] * tokens, width)
     key, value = key.flatten(0, 1).transpose(1, 2), value.flatten(0, 1)
     scale = width**-0.5 if scaling is None else scaling
     size = max(1, _SCORES_AT_ONCE // (query.shape[1] * key.shape[2]))
@@ -267,7 +270,7 @@ def _products(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) 
     for some, keys, values in zip(query.split(size), key.split(size), value.split(size), strict=True):
         scores = torch.baddbmm(some.new_empty(1), some, keys, beta=0, alpha=scale)
         mixed.append(scores.softmax(dim=-1) @ values)
-    return torch.cat(mixed).view(rows, heads, tokens, -1)
+    return torch.cat(mixed).view(rows, heads, tokens, value.shape[-1])
 
 
 def _check(asked: dict[str, Any], longest: int) -> None:

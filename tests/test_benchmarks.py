@@ -206,6 +206,16 @@ def test_embedding_gemma_is_fed_pictures_sounds_and_text() -> None:
     assert not torch.equal(one, other)
 
 
+def test_embedding_gemma_has_the_size_that_its_name_says() -> None:
+    if not hasattr(transformers, "EmbeddingGemma2Config"):
+        pytest.skip("this version of transformers has no EmbeddingGemma 2")
+    with torch.device("meta"):
+        model = transformers.EmbeddingGemma2Model(peers.gemma_config())
+    assert model.vision_tower is not None and model.audio_tower is not None
+    millions = sum(weight.numel() for weight in model.parameters()) / 1e6
+    assert f"({millions:.0f}M)" in peers.GEMMA
+
+
 # --- profile ----------------------------------------------------------------------------------------------------------
 
 

@@ -288,10 +288,11 @@ def test_what_it_lacks_is_refused(asked, refused) -> None:
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
 @pytest.mark.parametrize("scaling", [None, 0.3])
 @pytest.mark.parametrize("at_once", [1, 1000, 1 << 20])
-def test_products_are_attention(monkeypatch, key_heads, scaling, at_once) -> None:
+@pytest.mark.parametrize("rows", [0, 3])
+def test_products_are_attention(monkeypatch, key_heads, scaling, at_once, rows) -> None:
     monkeypatch.setattr(packing_sail, "_SCORES_AT_ONCE", at_once)
-    query = torch.randn(3, 11, 4, 8).transpose(1, 2)
-    key, value = (torch.randn(3, 7, key_heads, 8).transpose(1, 2) for _ in range(2))
+    query = torch.randn(rows, 11, 4, 8).transpose(1, 2)
+    key, value = (torch.randn(rows, 7, key_heads, 8).transpose(1, 2) for _ in range(2))
     expected = nn.functional.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=True)
     torch.testing.assert_close(packing_sail._products(query, key, value, scaling), expected, rtol=1e-5, atol=1e-6)
 
@@ -356,7 +357,7 @@ def test_other_attention_is_torchs_own(products, options) -> None:
 def test_training_and_few_scores_attend_by_torchs_own(products) -> None:
     states = torch.randn(2, 4, 7, 8).bfloat16().requires_grad_()
     packed_attention(nn.Identity(), states, states, states, None, is_causal=False)[0].sum().backward()
-    attended(torch.randn(2, 4, 4, 8).bfloat16(), is_causal=False)
+    attended(torch.randn(4, 4, 4, 8).bfloat16(), is_causal=False)  # of a row; how many rows there are does not count
     assert not products and states.grad is not None
 
 

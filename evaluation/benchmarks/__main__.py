@@ -111,7 +111,7 @@ BENCHMARKS: dict[str, tuple[str, Callable[[argparse.Namespace], Iterable[dict[st
             "--model": MODEL,
             "--items": {**MADE, "default": 2_000},
             "--workers": {"type": int, "nargs": "+", "default": [1, 2]},
-            "--cores-each": {"type": int, "help": "cores of the machine for each worker; all by default"},
+            "--cores-each": {"type": int, "help": "CPUs of the machine for each worker; all for any number by default"},
             "--work": WORK,
         },
     ),

@@ -98,7 +98,7 @@ def ray_benchmark(
         model, work: as for `bulk_benchmark`.
         items: as there; a worker has eight shards of them or more.
         workers: numbers of them; the first is what the others stand beside.
-        cores_each: cores of the machine for each worker; all for any number of them by default.
+        cores_each: CPUs of the machine, as the system counts them, for each worker; by default all for any number.
 
     Raises:
         ValueError: fewer items than 16 a worker, no worker, or not so many cores here. RuntimeError: the command
@@ -107,9 +107,10 @@ def ray_benchmark(
     if not workers or min(workers) < 1 or items < 16 * max(workers):
         raise ValueError(f"--workers {list(workers)}, --items {items}: at least 1 worker, and 16 items for each.")
     workers = list(dict.fromkeys(workers))
-    here = sorted(getattr(os, "sched_getaffinity", lambda _: ())(0))  # told on Linux alone
+    here = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if cores_each is not None and not 0 < cores_each * max(workers) <= len(here):
-        raise ValueError(f"--cores-each {cores_each} for {max(workers)} workers: {len(here)} cores are here.")
+        found = f"{len(here)} CPUs are here" if here else "only Linux can keep a process on some CPUs"
+        raise ValueError(f"--cores-each {cores_each} for {max(workers)} workers: {found}.")
     few = 2 * max(workers)
     with tempfile.TemporaryDirectory(dir=work) as name:
         folder, speeds, vectors = Path(name), {}, {}

@@ -82,7 +82,7 @@ def embedding_gemma(dtype: torch.dtype, config: PretrainedConfig | None = None) 
     """
     if not hasattr(transformers, "EmbeddingGemma2Model"):
         raise ValueError(f"transformers {transformers.__version__} has no EmbeddingGemma 2; leave --slow-peers out.")
-    config = config or transformers.EmbeddingGemma2Config()
+    config = config or gemma_config()
     model = transformers.EmbeddingGemma2Model(config).to(dtype).eval()
     pictures = pil_image_processor("Gemma4ImageProcessor")
     sounds = transformers.Gemma4AudioFeatureExtractor()
@@ -107,6 +107,12 @@ def embedding_gemma(dtype: torch.dtype, config: PretrainedConfig | None = None) 
         return torch.cat(found)
 
     return run
+
+
+def gemma_config() -> PretrainedConfig:
+    """Of transformers' default size, with the towers of pictures and of sound, which it leaves out by default."""
+    towers = {f"{name}_config": {"model_type": f"gemma4_{name}"} for name in ("vision", "audio")}
+    return transformers.EmbeddingGemma2Config(text_config={}, **towers)
 
 
 def _gemma_ids(config: Any, pictures: int, sounds: int) -> Tensor:
