@@ -327,13 +327,17 @@ def digits_for(values: Sequence[float]) -> int:
 
 
 def cell_digits(content: Mapping[str, Any]) -> dict[tuple[str, str], int]:
-    """Decimals of each cell of a table: those of its column, or of its row where a column mixes seconds and shares."""
+    """Decimals of each cell of a table: those of its column, or of its row where a column mixes seconds and shares, or
+    several units of which some would be 0.
+    """
     found = {}
     for column in content["columns"]:
         cells = {row: one[column] for row, one in content["rows"].items() if column in one}
         every = [abs(value) for values in cells.values() for value in values if value]
-        alike = not every or max(every) < 1e5 * min(every)
         common = digits_for([value for values in cells.values() for value in values])
+        alike = not every or max(every) < 1e5 * min(every)
+        if alike and every and not one_unit(content):
+            alike = min(every) >= 0.5 * 10.0 ** -max(common, 0)
         for row in cells:
             beside = [value for values in content["rows"][row].values() for value in values]
             found[row, column] = common if alike else digits_for(beside)

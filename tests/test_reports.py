@@ -152,6 +152,11 @@ def test_a_column_of_seconds_and_shares_has_the_decimals_of_each_row() -> None:
     assert markdown_table(mixed).splitlines()[2:] == ["| speed | 1,200 | 900 |", "| gap | 2.0e-07 | 3.0e-07 |"]
 
 
+def test_a_small_number_of_another_unit_is_not_shown_as_none() -> None:
+    mixed = table("t", "", {"peak": {"a": [490.0], "b": [1003.0]}, "items": {"a": [24.1], "b": [0.124]}}, seeds=[0])
+    assert markdown_table(mixed).splitlines()[2:] == ["| peak | 490.0 | 1,003 |", "| items | 24.1 | 0.1 |"]
+
+
 def elements(svg: str, tag: str) -> list[ElementTree.Element]:
     return [one for one in ElementTree.fromstring(svg).iter() if one.tag.endswith(tag)]
 
