@@ -412,6 +412,21 @@ def test_an_item_is_the_same_alone_and_in_a_batch_and_bfloat16_is_not_float32(ti
     assert found["bfloat16 and float32", "lowest cosine"] > 0.99
 
 
+def test_real_items_in_bfloat16_stand_beside_float32(tiny_folder, tmp_path) -> None:
+    source = tmp_path / "films.jsonl"
+    source.write_text('{"title": "one"}\n{broken\n{"image": "missing.png"}\n{"title": "two"}\n')
+    found = {line["figure"]: line for line in exact_benchmark(tiny_folder, [source]) if "films" in line["case"]}
+    assert {line["case"] for line in found.values()} == {"films.jsonl: 2 real items, bfloat16 and float32"}
+    assert 0.99 < found["lowest cosine"]["ours"] <= found["mean cosine"]["ours"] <= 1
+    assert found["items whose cosine is below 0.99"]["ours"] == 0
+    source.write_text('{"image": "missing.png"}\n')
+    with pytest.raises(ValueError, match="films.jsonl has no good item; the first: no such file"):
+        list(exact_benchmark(tiny_folder, [source]))
+    source.write_text("{broken\n")
+    with pytest.raises(ValueError, match="has no items"):
+        list(exact_benchmark(tiny_folder, [source]))
+
+
 def test_the_miners_side_finds_what_is_planted_and_the_peer_runs(monkeypatch) -> None:
     given = mine.planted(300)
     found = mine.ours(*given)

@@ -32,6 +32,7 @@ Arguments = Mapping[str, Mapping[str, Any]]
 
 MODEL: Mapping[str, Any] = {"type": Path, "required": True, "help": "folder of a model"}
 MADE: Mapping[str, Any] = {"type": int, "help": "made up: text, some pictures and sounds"}
+REAL: Mapping[str, Any] = {"type": Path, "nargs": "*", "default": [], "help": "JSONL files or folders of real items"}
 WORK: Mapping[str, Any] = {"type": Path, "help": "where to write; a temporary folder by default"}
 
 
@@ -99,7 +100,7 @@ BENCHMARKS: dict[str, tuple[str, Callable[[argparse.Namespace], Iterable[dict[st
             "--items": {**MADE, "default": 100_000},
             "--kills": {"type": int, "default": 5},
             "--smaller": {"type": int, "nargs": "*", "default": [], "help": "numbers of items of further runs"},
-            "--real": {"type": Path, "nargs": "*", "default": [], "help": "JSONL files or folders to be added"},
+            "--real": REAL,
             "--work": WORK,
             "--options": {"default": "", "help": "more of `sail encode`, as in --options '--workers 2'"},
         },
@@ -116,9 +117,9 @@ BENCHMARKS: dict[str, tuple[str, Callable[[argparse.Namespace], Iterable[dict[st
         },
     ),
     "exact": (
-        "an item alone and in a batch, float32 and bfloat16",
-        lambda a: exact_benchmark(a.model),
-        {"--model": MODEL},
+        "an item alone and in a batch, float32 and bfloat16; real items in bfloat16",
+        lambda a: exact_benchmark(a.model, a.real),
+        {"--model": MODEL, "--real": REAL},
     ),
     "loss": (
         "the memory-linear NCE beside the dense one",

@@ -1,33 +1,54 @@
-"""How exact: an item alone and in a mixed batch, in float32 and bfloat16, one item of each modality subset.
+"""How exact: an item alone and in a mixed batch, in float32 and bfloat16, one item of each modality subset; real items
+in bfloat16 beside float32.
 
-python -m modeling_sail.evaluation.benchmarks exact --model build/mini
+python -m modeling_sail.evaluation.benchmarks exact --model build/mini --real FOLDER
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ...encode_job import load_module
+from ...encode_job import encode_items, load_module
+from ...encode_source import BadLine, read_items
+from ...kernels_sail import plain_kernels
 from ...sentence_transformer_sail import SailSentenceTransformer
 from .figures import figure
 from .items import made_items
 
 FIELDS = ("title", "image", "audio")
+NEAR = 0.99
+SAID: dict[str, Callable[[np.ndarray], float]] = {
+    "lowest cosine": lambda cosines: float(cosines.min()),
+    "mean cosine": lambda cosines: float(cosines.mean()),
+    f"items whose cosine is below {NEAR}": lambda cosines: float((cosines < NEAR).sum()),
+}
 
 
-def exact_benchmark(model: Path) -> Iterator[dict[str, Any]]:
-    """Largest difference of a component of unit vectors, and lowest cosine, of each pair of ways."""
+def exact_benchmark(model: Path, real: Sequence[Path] = ()) -> Iterator[dict[str, Any]]:
+    """Largest difference of a component of unit vectors, and lowest cosine, of each pair of ways.
+
+    Args:
+        model: the model's folder.
+        real: JSONL files or folders of items. Of their good items the lowest and mean cosine, and how many lie below
+            `NEAR`, in bfloat16 with float32; the peer is bfloat16 with plain kernels.
+
+    Raises:
+        ValueError: a source has no items, or no good one.
+    """
+    sources = {source.name: _real_items(source) for source in real}  # a bad path is said before the model is loaded
     module = load_module(model)
     whole = made_items(1, "omni")[0]
     subsets = [part for size in (1, 2, 3) for part in combinations(FIELDS, size)]
     items = [{name: whole[name] for name in part} for part in subsets]
     wide = _both_ways(module, items)
+    exact = {name: encode_items(module, found, progress=f"{name}, float32") for name, found in sources.items()}
     module.model.to(torch.bfloat16)
     half = _both_ways(module, items)
     pairs = {
@@ -38,6 +59,24 @@ def exact_benchmark(model: Path) -> Iterator[dict[str, Any]]:
     for case, (one, other) in pairs.items():
         yield figure("exact", case, "largest difference", "", float((one - other).abs().max()), None, "")
         yield figure("exact", case, "lowest cosine", "", float((one * other).sum(dim=1).min()), None, "")
+    for name, (expected, statuses) in exact.items():
+        good = sum(status.status == "ok" for status in statuses)
+        if not good:
+            raise ValueError(f"{name} has no good item; the first: {statuses[0].reason}")
+        ours, _ = encode_items(module, sources[name], progress=f"{name}, bfloat16")
+        with plain_kernels():
+            plain, _ = encode_items(module, sources[name], progress=f"{name}, bfloat16, plain kernels")
+        one, other = ((expected * vectors).sum(axis=1) for vectors in (ours, plain))
+        case = f"{name}: {good} real items, bfloat16 and float32"
+        for said, of in SAID.items():
+            yield figure("exact", case, said, "", of(one), of(other), "bfloat16, plain kernels")
+
+
+def _real_items(source: Path) -> list[tuple[str, Any]]:
+    found = [(name, item) for name, item in read_items(source.absolute()) if not isinstance(item, BadLine)]
+    if not found:
+        raise ValueError(f"{source} has no items.")
+    return found
 
 
 @torch.inference_mode()
