@@ -28,8 +28,7 @@ from .encode_window import Cost, Prepared, Window, cut_windows
 from .encode_workers import ITEM_SECONDS, PreparerSettings, Workers, default_workers
 from .fingerprints import model_hash
 from .items_sail import ItemStatus
-from .kernels_sail import small_caches
-from .packing_sail import PACKED
+from .kernels_sail import PACKED, small_caches
 from .processing_sail import SailEmbeddingProcessor
 from .sentence_transformer_sail import SailSentenceTransformer
 

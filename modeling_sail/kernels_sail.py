@@ -32,12 +32,14 @@ TOWER_BATCH = 8
 CONVOLUTION_BATCH = 4
 TOWER_BATCH_ELSEWHERE = 128
 
+PACKED = "packed"  # the attention of `packing_sail`, by the name that it is registered by
+
 # A packed weight is a second copy. Towers with more than this in their linears are left as they are.
 MAX_PACKED_BYTES = 2 << 30
 
 # How far a twin's numbers may lie from the module's. In float32 the farthest, as a share of the largest; folding moves
-# them by about 1e-6. In bfloat16 the norm of the differences over the norm: there single numbers lie far off by any
-# attention (Whisper base: by 0.3 of the largest from float32's by torch's own, as by products), the whole by 0.04.
+# them by about 1e-6. In bfloat16 the norm of the differences over the norm: single numbers of a deep tower lie far from
+# float32's there by any attention, torch's own or products, and the whole does not.
 TOLERANCE = 1e-4
 TOLERANCE_HALF = 0.1
 _TYPES = (torch.float32, torch.bfloat16)
@@ -74,7 +76,7 @@ def run_tower(tower: Any, values: Tensor, field: str) -> Tensor:
     if torch.is_grad_enabled() or _plain.get() or not len(values):
         return tower(values.to(dtype))[field]
     by_products = dtype == torch.bfloat16 and onednn_pays(dtype) and attention_of(tower) == "sdpa"
-    tower = for_inference(tower, values[:1], field, attention="packed" if by_products else None)
+    tower = for_inference(tower, values[:1], field, attention=PACKED if by_products else None)
     values = values.to(next(tower.parameters()).dtype)
     size = TOWER_BATCH if values.device.type == "cpu" else TOWER_BATCH_ELSEWHERE
     if getattr(tower, "takes_channels_last", False):
@@ -125,8 +127,8 @@ def in_few_sizes(rows: int) -> int:
 def small_caches() -> Iterator[None]:
     """A process whose first oneDNN call is within keeps what oneDNN made for 64 shapes, not 1024, until it ends.
 
-    For long runs, whose memory is to be flat. Costs a model as small as ``tiny`` some 5%, larger ones nothing that was
-    seen. What the environment says already is left alone, and it is left as it was.
+    For long runs, whose memory is to be flat; what is not kept is made again, of which only the smallest models notice
+    anything. What the environment says already is left alone, and it is left as it was.
     """
     names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # the second is PyTorch's own layer above it
     mine = [name for name in names if not {name, name.replace("ONEDNN", "DNNL")} & set(os.environ)]

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .kernels_sail import attention_of, for_inference, in_few_sizes, onednn_pays, traced
+from .kernels_sail import PACKED, attention_of, for_inference, in_few_sizes, onednn_pays, traced
 
 try:
     from torch.nn.attention.varlen import varlen_attn as _kernel
@@ -29,14 +29,13 @@ varlen_attn: Any = _kernel
 if varlen_attn is not None and not {"window_size", "enable_gqa"} <= set(signature(varlen_attn).parameters):
     varlen_attn = None  # its first versions had another interface
 
-PACKED = "packed"
 _NEAR, _NEAR_HALF = 1e-4, 0.05  # how far packed rows may be from padded ones, as a share of the largest number
 _PACKS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _HALF = (torch.float16, torch.bfloat16)
 _BESIDE_A_MASK = ("softcap", "s_aux", "position_bias", "cache")  # these, too, in a pass that is not packed
 # Attention as products pays from so many scores of a row on, in parts of so many, which stay in a cache, and up to so
-# many a head, the smallest part. Measured on two cores with AVX-512: 1.4 to 2.5 times as fast as torch's own. How many
-# rows there are does not count: it would decide a row's last bits.
+# many a head, the smallest part; found on two cores with AVX-512. How many rows there are does not count: it would
+# decide a row's last bits.
 _SCORES, _SCORES_AT_ONCE, _SCORES_OF_A_HEAD = 1 << 16, 1 << 20, 1 << 22
 _WINDOWS = ("sliding_window", "attention_chunk_size", "local_attention")  # of configurations: tokens that a layer sees
 _UNKNOWN = ("sliding_window", "softcap", "s_aux", "position_bias")  # what a layer may ask for beside attention itself

@@ -203,3 +203,14 @@ def test_the_demo_page_holds_everything_and_marks_hits(tiny_folder, tmp_path, mo
     assert "&lt;thing&gt;" in text
     assert "class='card hit'" in text
     assert "Items that could not be read" in text
+
+
+def test_train_leaves_the_process_group_when_the_recipe_is_done(monkeypatch, capsys) -> None:
+    from modeling_sail.training import distributed, recipe, stages
+
+    done = []
+    monkeypatch.setattr(recipe, "load_recipe", lambda name, overrides: name)
+    monkeypatch.setattr(stages, "run_recipe", lambda name: done.append(name) or "folder")
+    monkeypatch.setattr(distributed, "leave", lambda: done.append("left"))
+    assert main(["train", "pairs.yaml"]) == 0
+    assert done == ["pairs.yaml", "left"] and capsys.readouterr().out.strip() == "folder"

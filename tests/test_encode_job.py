@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import random
 import shutil
 from contextlib import nullcontext
@@ -26,6 +27,24 @@ from . import encode_jobs
 from .encode_jobs import ITEMS, content, run_killed
 
 items, run, small_windows = encode_jobs.items, encode_jobs.run, encode_jobs.small_windows
+
+
+def test_a_job_keeps_little_of_what_onednn_makes_and_closes_what_a_failed_start_opened(run, tmp_path, monkeypatch):
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY"):
+        monkeypatch.delenv(name, raising=False)
+    seen, closed = [], []
+
+    def fails(*args, **kwargs):
+        seen.append(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY"))
+        raise OSError("no weights")
+
+    close = encode_job.Workers.__exit__
+    monkeypatch.setattr(encode_job.Workers, "__exit__", lambda *args: (closed.append(True), close(*args))[1])
+    monkeypatch.setattr(encode_job, "load_module", fails)
+    with pytest.raises(OSError, match="no weights"):
+        run(tmp_path / "x.parquet", workers=1)
+    assert seen == ["64"] and closed == [True]
+    assert "ONEDNN_PRIMITIVE_CACHE_CAPACITY" not in os.environ
 
 
 def test_rows_are_the_items_in_order_with_the_vectors_of_sentence_transformers(run, items, tiny_folder, tmp_path):

@@ -150,6 +150,18 @@ def test_a_tower_in_bfloat16_attends_by_products(packed, own_attention, monkeypa
     assert off(fast) < 2 * off(plain) < 0.05
 
 
+def test_what_is_compared_does_not_depend_on_the_first_item(packed, own_attention, monkeypatch) -> None:
+    seen = []
+    through = packing_sail._products
+    monkeypatch.setattr(packing_sail, "_products", lambda query, *rest: (seen.append(query), through(query, *rest))[1])
+    for values in (torch.zeros(1, 16, 40), torch.ones(1, 16, 40)):
+        tower = whisper().to(torch.bfloat16)
+        torch.manual_seed(int(values.sum()))  # whatever was drawn before
+        both(tower, values)
+    half = len(seen) // 2  # of each tower first what is compared, then the item
+    assert torch.equal(seen[0], seen[half]) and not torch.equal(seen[half - 2], seen[-2])
+
+
 def test_a_tower_whose_other_attention_gives_other_numbers_keeps_its_own(packed, own_attention, monkeypatch) -> None:
     monkeypatch.setattr(packing_sail, "_products", lambda query, key, value, scaling: 100 * value)
     tower = whisper().to(torch.bfloat16)

@@ -354,6 +354,23 @@ def test_other_attention_is_torchs_own(products, options) -> None:
     assert not products
 
 
+@pytest.mark.parametrize(("name", "said"), [("onednn_pays", lambda dtype: False), ("traced", lambda: True)])
+def test_where_products_do_not_pay_and_in_graphs_attention_is_torchs_own(products, monkeypatch, name, said) -> None:
+    states = torch.randn(2, 4, 7, 8).bfloat16()
+    attended(states, is_causal=False)
+    assert len(products) == 1
+    monkeypatch.setattr(packing_sail, name, said)
+    attended(states, is_causal=False)
+    assert len(products) == 1
+
+
+@pytest.mark.parametrize(("heads", "key_heads", "shared"), [(6, 3, True), (6, 4, False), (1, 4, False)])
+def test_heads_that_do_not_share_keys_evenly_are_left_to_torch(products, heads, key_heads, shared) -> None:
+    query, key = (torch.randn(1, count, 16, 8).bfloat16() for count in (heads, key_heads))
+    with torch.no_grad():
+        assert packing_sail._by_products(query, key, 0.0) is shared
+
+
 def test_training_and_few_scores_attend_by_torchs_own(products) -> None:
     states = torch.randn(2, 4, 7, 8).bfloat16().requires_grad_()
     packed_attention(nn.Identity(), states, states, states, None, is_causal=False)[0].sum().backward()

@@ -42,13 +42,13 @@ def exact_benchmark(model: Path, real: Sequence[Path] = ()) -> Iterator[dict[str
     Raises:
         ValueError: a source has no items, or no good one.
     """
-    sources = {source.name: _real_items(source) for source in real}  # a bad path is said before the model is loaded
+    sources = [(source.name, _real_items(source)) for source in real]  # a bad path is said before the model is loaded
     module = load_module(model)
     whole = made_items(1, "omni")[0]
     subsets = [part for size in (1, 2, 3) for part in combinations(FIELDS, size)]
     items = [{name: whole[name] for name in part} for part in subsets]
     wide = _both_ways(module, items)
-    exact = {name: encode_items(module, found, progress=f"{name}, float32") for name, found in sources.items()}
+    exact = [encode_items(module, found, progress=f"{name}, float32") for name, found in sources]
     module.model.to(torch.bfloat16)
     half = _both_ways(module, items)
     pairs = {
@@ -59,13 +59,13 @@ def exact_benchmark(model: Path, real: Sequence[Path] = ()) -> Iterator[dict[str
     for case, (one, other) in pairs.items():
         yield figure("exact", case, "largest difference", "", float((one - other).abs().max()), None, "")
         yield figure("exact", case, "lowest cosine", "", float((one * other).sum(dim=1).min()), None, "")
-    for name, (expected, statuses) in exact.items():
+    for (name, found), (expected, statuses) in zip(sources, exact, strict=True):
         good = sum(status.status == "ok" for status in statuses)
         if not good:
             raise ValueError(f"{name} has no good item; the first: {statuses[0].reason}")
-        ours, _ = encode_items(module, sources[name], progress=f"{name}, bfloat16")
+        ours, _ = encode_items(module, found, progress=f"{name}, bfloat16")
         with plain_kernels():
-            plain, _ = encode_items(module, sources[name], progress=f"{name}, bfloat16, plain kernels")
+            plain, _ = encode_items(module, found, progress=f"{name}, bfloat16, plain kernels")
         one, other = ((expected * vectors).sum(axis=1) for vectors in (ours, plain))
         case = f"{name}: {good} real items, bfloat16 and float32"
         for said, of in SAID.items():

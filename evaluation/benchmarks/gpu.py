@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import AutoConfig, TrainingArguments
 
 from ...configuration_sail import AUDIO, EXTRA_CONFIGS, PAD, TEXT, VISION, preset_config
+from ...kernels_sail import PACKED
 from ...modeling_sail import SailEmbeddingModel
-from ...packing_sail import PACKED
 from ...processing_sail import token_batches
 from ...training.grad_cache import select
 from ...training.objective import Objective

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ... import packing_sail
-from ...kernels_sail import plain_kernels
-from ...packing_sail import PACKED
+from ...kernels_sail import PACKED, plain_kernels
 from .turns import seconds_of
 
 SIDES = (512, 1024, 2048)  # square products: in the caches, and beyond
