@@ -1,12 +1,13 @@
 """What two gloo ranks do in tests: run by torchrun, writes its parameters for the one-process run to compare with.
 
-torchrun --nproc_per_node 2 -m tests.ranks CASE OUT, or recipe RECIPE
+torchrun --nproc_per_node 2 -m tests.ranks CASE OUT, or recipe RECIPE, or leave
 """
 
 from __future__ import annotations
 
 import random
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from modeling_sail.training.recommendation.tables import IDTable
 from modeling_sail.training.rows import Row, TrainingDataset
 from modeling_sail.training.sampler import SpecializedBatches
 from modeling_sail.training.trainer import ContrastiveTrainer
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
 from modeling_sail.behaviour_heads_sail import BehaviourHeads
@@ -114,6 +116,10 @@ def main() -> None:
     """One rank; it fails where a thread of its process group is left, which may abort the interpreter's end."""
     if sys.argv[1] == "recipe":
         status = run_training([sys.argv[2]])
+    elif sys.argv[1] == "leave":
+        status = 0
+        _work_on()
+        leave()
     else:
         status = 0
         _train(sys.argv[1], Path(sys.argv[2]))
@@ -123,6 +129,15 @@ def main() -> None:
         with suppress(OSError):  # one of torch's that ends just now
             names.append(Path(thread, "comm").read_text())
     sys.exit(status or any("gloo" in name for name in names))
+
+
+def _work_on() -> None:
+    """What a trainer leaves at worst: it lies in a cycle, and gloo's thread frees a last tensor late."""
+    dist.init_process_group("gloo")
+    model = DistributedDataParallel(torch.nn.Linear(2, 2))
+    model.itself = [model]
+    time.sleep(2 * rank())  # the first to leave has to wait for the other's part
+    dist.all_reduce(torch.ones(4), async_op=True)
 
 
 def _train(case: str, out: Path) -> None:

@@ -143,19 +143,30 @@ def test_accumulated_batches_equal_one_batch_where_the_loss_is_a_mean_over_rows(
     assert_same(*results)
 
 
-@pytest.mark.parametrize("case", ["mixed", "halves", "sequences", "mixed-60", "halves-60", "sequences-60"])
-def test_two_ranks_train_like_one_process_on_the_whole_batch(tmp_path, case) -> None:
-    kind, _, budget = case.partition("-")
-    out = tmp_path / "ranks.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    done = subprocess.run(
-        [*command, "-m", "tests.ranks", case, str(out)],
+def run_ranks(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Two processes of `tests.ranks`."""
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+        + ["-m", "tests.ranks", *arguments],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
+
+
+def test_ranks_leave_when_a_last_tensor_is_freed_late() -> None:
+    """Python's lock and the group's threads waited for each other when it was the collection that ended the group."""
+    done = run_ranks("leave")
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("case", ["mixed", "halves", "sequences", "mixed-60", "halves-60", "sequences-60"])
+def test_two_ranks_train_like_one_process_on_the_whole_batch(tmp_path, case) -> None:
+    kind, _, budget = case.partition("-")
+    out = tmp_path / "ranks.pt"
+    done = run_ranks(case, str(out))
     assert done.returncode == 0, done.stderr[-4000:]
     found = torch.load(out, weights_only=True)
     wanted, run = trained(tmp_path / "one", kind=kind, **DESCENT.get(kind, {}))

@@ -36,9 +36,16 @@ def leave() -> None:
     A trainer lies in cycles and holds the group (DistributedDataParallel does). Freed by the interpreter's end alone,
     gloo's threads would free tensors when Python is gone: now and then that aborts a process whose work is all done.
     """
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
-        gc.collect()  # its last holders: the group waits for its threads
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    # A group waits for its threads, and these for Python's lock as they free their last tensors. The collection below
+    # holds that lock throughout, a handle on a backend gives it away as it ends: it must be the last to hold one.
+    group = dist.group.WORLD
+    backends = [group._get_backend(kind) for kind in group._device_types]
+    dist.destroy_process_group()
+    gc.collect()
+    del group
+    del backends
 
 
 def counts_of(count: int, device: torch.device) -> list[int]:
