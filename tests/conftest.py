@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from modeling_sail.training.build import build, build_tiny
 from PIL import Image
 
@@ -18,6 +19,9 @@ from modeling_sail.processing_sail import SailEmbeddingProcessor
 from .vectors import clustered, write
 
 torch.set_num_threads(1)
+# The same examples in every run, however busy the machine is: a failure is of the change, not of the draw.
+settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("same")
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 52)) -> Image.Image:

@@ -14,7 +14,7 @@ def cloud(seed: int, centre: float, count: int = 400, dims: int = 16) -> np.ndar
     return generator.normal(0, 1, (count, dims)) + centre * np.eye(dims)[seed % dims]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 7), st.integers(1, 7), st.integers(0, 999), st.sampled_from([0.05, 0.2, 1.0]))
 def test_the_plans_marginals_hold(a, b, seed, epsilon) -> None:
     generator = np.random.default_rng(seed)

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from modeling_sail.training.data.movielens import (
     behaviours_of,
@@ -82,13 +82,11 @@ ANY_EVENTS = st.tuples(
 
 
 @given(st.lists(WHOLE_EVENTS, min_size=1, max_size=30))
-@settings(deadline=None)
 def test_events_are_sorted_by_user_and_time_and_else_stay_as_they_came(events: list[Event]) -> None:
     assert events_of(interactions_of(*events)) == sorted(events, key=lambda event: (event[0], event[2]))
 
 
 @given(st.lists(WHOLE_EVENTS, min_size=1, max_size=30))
-@settings(deadline=None)
 def test_histories_hold_every_event_once_and_count_behaviours_up_to_each(events: list[Event]) -> None:
     interactions = interactions_of(*events)
     seen: dict[tuple[str, str], set[str]] = {}
@@ -208,7 +206,6 @@ def test_each_thing_that_cannot_be_is_counted_once_and_shown() -> None:
 
 
 @given(st.lists(ANY_EVENTS, min_size=1, max_size=30))
-@settings(deadline=None)
 def test_validation_keeps_the_good_events_and_accounts_for_all_others(events: list[Event]) -> None:
     good = [
         event
@@ -243,7 +240,6 @@ def test_an_item_under_two_ids_is_one_item_afterwards() -> None:
 
 
 @given(st.lists(WHOLE_EVENTS, min_size=2, max_size=30), st.floats(0.01, 0.99))
-@settings(deadline=None)
 def test_no_event_is_on_the_wrong_side_of_a_split_and_none_is_lost(events: list[Event], share: float) -> None:
     interactions = interactions_of(*events)
     times = sorted(event[2] for event in events)

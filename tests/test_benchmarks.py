@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -78,13 +78,21 @@ def test_full_items_have_a_picture_five_seconds_and_thirty_two_tokens_and_ragged
         items_for(module_of(encoder), 0, "text")
 
 
-def test_sides_run_in_turn_after_a_round_that_is_not_counted() -> None:
-    ran, waits = [], iter([0.3, 0.0, 0.01, 0.0, 0.05, 0.0, 0.01, 0.0])
+@pytest.fixture
+def sleep(monkeypatch) -> Callable[[float], None]:
+    """Passes time for `time.perf_counter`, exactly and at once."""
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    return lambda seconds: now.__setitem__(0, now[0] + seconds)
+
+
+def test_sides_run_in_turn_after_a_round_that_is_not_counted(sleep) -> None:
+    ran, waits = [], iter([300.0, 0.0, 1.0, 2.0, 5.0, 2.0, 1.0, 2.0])
 
     def side(name: str):
         def run() -> str:
             ran.append(name)
-            time.sleep(next(waits))
+            sleep(next(waits))
             return name
 
         return run
@@ -92,8 +100,8 @@ def test_sides_run_in_turn_after_a_round_that_is_not_counted() -> None:
     turns = in_turn({"a": side("a"), "b": side("b")}, 3)
     assert ran == ["a", "b"] * 4
     assert turns.results == {"a": "a", "b": "b"}
-    assert turns.seconds["a"] < 0.04  # the median: neither the uncounted 0.3 s nor the slow 0.05 s
-    assert turns.spread > 0
+    assert turns.seconds == {"a": 1.0, "b": 2.0}  # the median: neither the uncounted 300 s nor the slow 5 s
+    assert turns.spread == 4.0
 
 
 # --- encode -----------------------------------------------------------------------------------------------------------
@@ -232,14 +240,14 @@ def test_parts_sum_to_the_whole_and_every_part_of_a_full_item_is_there(tiny_fold
     assert any(name.startswith("fusion backbone: aten::") for name in by_name)
 
 
-def test_a_part_within_a_part_is_counted_once_and_the_methods_come_back(encoder) -> None:
+def test_a_part_within_a_part_is_counted_once_and_the_methods_come_back(encoder, sleep) -> None:
     clock = parts.Clock()
     with clock.part("outer"):
-        time.sleep(0.02)
+        sleep(2.0)
         with clock.part("inner"):
-            time.sleep(0.05)
-    assert clock.seconds["inner"] == pytest.approx(0.05, abs=0.03)
-    assert clock.seconds["outer"] < clock.seconds["inner"]
+            sleep(5.0)
+        sleep(1.0)
+    assert clock.seconds == {"inner": 5.0, "outer": 3.0}
     module = module_of(encoder)
     with pytest.raises(RuntimeError, match="stopped"), parts.stood_in(module, clock):
         assert "_fuse" in vars(module.model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
 from modeling_sail.evaluation.benchmarks import bulk
@@ -25,6 +26,26 @@ def test_a_command_that_is_killed_leaves_no_process_and_ends_with_the_same_file(
     assert found[killed, "processes that outlived a kill"] == 0
     assert found["602 items", "peak memory of all its processes"] > 100
     assert ("600 items", "cost of an item beyond the first 64") in found
+
+
+def test_a_run_that_is_faster_than_the_one_before_is_killed_within_less_time(tmp_path, monkeypatch) -> None:
+    waited, fates = [], iter([(0, 1), (1, 0), (2, 0)])
+
+    def kill_often(command, kills, seconds):
+        waited.append(seconds)
+        Path(command[-1]).write_bytes(b"the same")
+        return next(fates)
+
+    def finished(command, *_):
+        Path(command[-1]).write_bytes(b"the same")
+        return 8.0, 0
+
+    monkeypatch.setattr(bulk, "_command", lambda model, source, out, options: [str(out)])
+    monkeypatch.setattr(bulk, "_kill_often", kill_often)
+    monkeypatch.setattr(bulk, "_finished", finished)
+    found = {line["figure"]: line["ours"] for line in bulk_benchmark(tmp_path, 20, 2, work=tmp_path)}
+    assert waited == [8.0, 4.0, 2.0]
+    assert (found["kills"], found["processes that outlived a kill"], found["files that differ"]) == (2, 1, 0)
 
 
 def test_a_command_that_fails_is_not_taken_for_one_that_is_done() -> None:

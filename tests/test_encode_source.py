@@ -48,7 +48,7 @@ def write(folder, form: str, titles: list[str]):
 
 @pytest.mark.parametrize("form", ["x.jsonl", "x.jsonl.gz", "x.parquet", "dataset", "media"])
 @given(titles=TITLES, size=st.integers(1, 12))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_a_shard_read_from_its_own_place_is_that_stretch_of_the_source(form, titles, size, tmp_path_factory) -> None:
     source = open_source(write(tmp_path_factory.mktemp("source"), form, titles))
     everything = list(source.items())
@@ -223,7 +223,7 @@ def test_texts_of_a_folder_are_utf_8_or_what_their_byte_order_mark_says(tmp_path
 
 
 @given(costs=st.lists(st.integers(0, 130), min_size=1, max_size=60))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_windows_are_bounded_in_items_and_bytes_and_lose_nothing(costs) -> None:
     items = [(str(number), cost, bytes([cost])) for number, cost in enumerate(costs)]
     windows = list(cut_windows(items, lambda item: item, (7, 100)))

@@ -88,16 +88,16 @@ def test_an_item_that_never_ends_is_a_row_and_those_after_it_have_time_of_their_
     source = tmp_path / "items.jsonl"
     source.write_text('{"title": "endless"}\n{"title": "slow"}\n{"title": "slow"}\n{"title": "good"}\n')
     monkeypatch.setattr(encode_job, "WINDOW", 4)
-    real, seconds = encode_source.JsonLines._item, {1: 9999.0, 2: 2.0, 3: 2.0}
+    real, seconds = encode_source.JsonLines._item, {1: 9999.0, 2: 2.6, 3: 2.6}
     monkeypatch.setattr(
         encode_source.JsonLines,
         "_item",
         lambda self, number, line: slow(seconds[number]) if number in seconds else real(self, number, line),
     )
-    run(tmp_path / "x.parquet", source, workers=1, item_seconds=3.0)
+    run(tmp_path / "x.parquet", source, workers=1, item_seconds=5.0)
     rows = pq.read_table(tmp_path / "x.parquet").to_pylist()
     assert [row["status"] for row in rows] == ["error", "ok", "ok", "ok"]
-    assert rows[0]["reason"] == STUCK.format(3) and "3 seconds, twice" in rows[0]["reason"]
+    assert rows[0]["reason"] == STUCK.format(5) and "5 seconds, twice" in rows[0]["reason"]
 
 
 def test_a_process_that_never_begins_is_given_up(monkeypatch):

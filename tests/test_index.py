@@ -118,7 +118,7 @@ def test_equal_cosines_come_in_the_order_of_the_items(tmp_path) -> None:
         assert len(set(cosines[0].tolist())) == 2
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 80), st.integers(0, 5))
 def test_a_result_does_not_depend_on_the_other_queries(items, dim, top, queries) -> None:
     vectors = clustered(items, dim, seed=3)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from modeling_sail.training.recommendation.behaviour import History, Interactions, Items, split_by_time
 from modeling_sail.training.recommendation.evidence import (
@@ -91,7 +91,6 @@ LIMITS = st.builds(
 
 @pytest.mark.parametrize("name", INTERESTS)
 @given(history=histories(), evidence=evidences(), limits=LIMITS, seed=st.integers(0, 9))
-@settings(deadline=None)
 def test_every_pair_keeps_the_promises(
     name: str, history: History, evidence: Evidence, limits: Limits, seed: int
 ) -> None:
@@ -117,7 +116,6 @@ def test_every_pair_keeps_the_promises(
 
 
 @given(history=histories(), evidence=evidences(), limits=LIMITS)
-@settings(deadline=None)
 def test_the_newest_that_are_near_enough_are_kept_and_no_other(
     history: History, evidence: Evidence, limits: Limits
 ) -> None:
@@ -135,7 +133,6 @@ def test_the_newest_that_are_near_enough_are_kept_and_no_other(
 
 
 @given(history=histories(), evidence=evidences(), limits=LIMITS)
-@settings(deadline=None)
 def test_a_collaborative_single_peak_shares_consumers_with_its_target(
     history: History, evidence: Evidence, limits: Limits
 ) -> None:
@@ -233,7 +230,6 @@ def test_a_collaborative_multi_peak_draws_by_the_clusters_of_the_history() -> No
 
 
 @given(st.dictionaries(st.integers(0, 4), st.integers(1, 30), min_size=1), st.integers(1, 20))
-@settings(deadline=None)
 def test_places_are_given_in_proportion(weights: dict[int, int], total: int) -> None:
     places = {name: [100 * name + number for number in range(total)] for name in weights}
     chosen = in_proportion(Counter(weights), places, total)
@@ -252,7 +248,6 @@ def test_places_are_given_as_sainte_lague_gives_seats() -> None:
 
 
 @given(st.dictionaries(st.integers(0, 4), st.integers(0, 4)), st.integers(1, 9), st.integers(0, 9))
-@settings(deadline=None)
 def test_what_a_cluster_lacks_goes_to_the_others(sizes: dict[int, int], total: int, seed: int) -> None:
     places = {name: [10 * name + number for number in range(size)] for name, size in sizes.items()}
     weights = Counter({name: size + 1 for name, size in sizes.items()})
@@ -263,7 +258,6 @@ def test_what_a_cluster_lacks_goes_to_the_others(sizes: dict[int, int], total: i
 
 
 @given(st.lists(LABELS, min_size=1, max_size=12))
-@settings(deadline=None)
 def test_label_clusters_do_not_depend_on_the_order_of_items(labels: list[frozenset[str]]) -> None:
     clusters = label_clusters(labels)
     assert label_clusters(labels[::-1]).tolist() == clusters[::-1].tolist()
@@ -319,7 +313,6 @@ def mined_by_name(before: Interactions, time: float) -> dict[str, list[tuple[Any
 
 
 @given(EVENTS, EVENTS, st.integers(1, 20))
-@settings(deadline=None)
 def test_no_event_after_the_split_and_no_target_can_reach_a_sequence(
     events: list[tuple[int, int, int, int]], future: list[tuple[int, int, int, int]], time: int
 ) -> None:
@@ -339,7 +332,6 @@ def test_no_event_after_the_split_and_no_target_can_reach_a_sequence(
 
 
 @given(EVENTS)
-@settings(deadline=None)
 def test_a_target_does_not_decide_who_its_consumers_are(events: list[tuple[int, int, int, int]]) -> None:
     """A user's own events change nothing in the consistency of items for that user."""
     interactions = interactions_of([*events, (9, 0, 1, 4), (9, 1, 2, 4)])
@@ -385,7 +377,6 @@ def test_evidence_that_is_missing_or_of_other_items_is_refused() -> None:
 
 
 @given(EVENTS)
-@settings(deadline=None)
 def test_statistics_account_for_every_user(events: list[tuple[int, int, int, int]]) -> None:
     before = interactions_of(events)
     limits = Limits(kept=3)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from modeling_sail.evaluation import similarity
 from modeling_sail.evaluation.item_to_item import (
@@ -80,7 +80,6 @@ def test_what_is_near_is_found_and_what_has_no_vector_is_not() -> None:
 
 
 @given(st.integers(0, 10_000), st.integers(1, 8))
-@settings(deadline=None)
 def test_i2i_recall_equals_brute_force(seed: int, k: int) -> None:
     generator = np.random.default_rng(seed)
     embeddings, clusters = generator.normal(size=(8, 3)), generator.integers(-1, 2, 8)
@@ -124,7 +123,6 @@ def test_a_copair_is_the_other_item_that_most_shares_its_consumers() -> None:
 
 
 @given(st.lists(st.sets(st.integers(0, NUM_USERS - 1)), min_size=2, max_size=NUM_ITEMS), st.integers(1, 3))
-@settings(deadline=None)
 def test_copairs_equal_brute_force(users: list[set[int]], minimum: int) -> None:
     expected = []
     for item, own in enumerate(users):

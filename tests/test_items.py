@@ -141,7 +141,7 @@ def test_none_empty_strings_and_empty_lists_are_absent_fields() -> None:
 
 
 @given(st.text(st.characters(codec=None)))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_clean_text_is_idempotent_nfc_one_line_and_free_of_control_characters(text: str) -> None:
     cleaned = clean_text(text)
     assert clean_text(cleaned) == cleaned
@@ -152,7 +152,7 @@ def test_clean_text_is_idempotent_nfc_one_line_and_free_of_control_characters(te
 
 
 @given(st.text("ab \t\n\r\u00a0\u3000\u200b\u200d\u200c\ufeff\u0301e\x00\x1f\x85\u2028\ud800\u2000<\u0338"))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_clean_text_keeps_its_promises_on_the_characters_that_break_them(text: str) -> None:
     cleaned = clean_text(text)
     assert clean_text(cleaned) == cleaned and unicodedata.is_normalized("NFC", cleaned)
@@ -678,7 +678,7 @@ def test_a_video_without_pictures_or_frames_is_an_error() -> None:
 
 
 @given(st.binary(min_size=1, max_size=200), st.sampled_from(["image", "audio", "video"]), st.integers(0, 400))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_no_damage_lets_a_raw_exception_escape(noise: bytes, field: str, place: int) -> None:
     whole = {"image": encoded(picture()), "audio": sound_bytes(tone(0.1), HZ), "video": small_video()}[field]
     damaged = whole[:place] + noise + whole[place + len(noise) :]
@@ -740,7 +740,7 @@ def same(one: LoadedItem, other: LoadedItem) -> bool:
 
 
 @given(st.lists(st.one_of(st.sampled_from(range(4)), st.sampled_from(sorted(BAD_ITEMS))), max_size=8))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_skip_gives_the_good_items_as_a_run_without_the_bad_ones(choice: list[int | str]) -> None:
     items = [BAD_ITEMS[name][0] if isinstance(name, str) else GOOD_ITEMS[name] for name in choice]
     good = [place for place, name in enumerate(choice) if not isinstance(name, str)]

@@ -22,7 +22,7 @@ def plain_cosent(cosine, scores, temperature):
     return total.log()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.floats(-1, 1), st.integers(0, 3)), min_size=1, max_size=9))
 def test_cosent_equals_the_sum_over_pairs_of_pairs_with_ties(rows) -> None:
     cosine = torch.tensor([row[0] for row in rows], dtype=torch.float64, requires_grad=True)

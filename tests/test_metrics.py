@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from modeling_sail.evaluation.metrics import (
     average_precision,
@@ -82,7 +82,6 @@ def test_one_cluster_for_all_earns_nothing() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30))
-@settings(deadline=None)
 def test_nmi_is_the_formula_of_the_paper(pairs: list[tuple[int, int]]) -> None:
     one, other = [list(side) for side in zip(*pairs, strict=True)]
     total = entropy(one) + entropy(other)
@@ -110,7 +109,6 @@ def test_ties_make_it_tau_b_and_a_constant_row_has_no_order() -> None:
 
 
 @given(st.permutations(range(7)), st.permutations(range(7)))
-@settings(deadline=None)
 def test_tau_is_the_formula_of_the_paper(one: list[int], other: list[int]) -> None:
     signs = [(one[a] - one[b]) * (other[a] - other[b]) > 0 for a in range(7) for b in range(a)]
     assert kendall_tau([one], [other]) == pytest.approx((2 * sum(signs) - len(signs)) / len(signs))
@@ -129,7 +127,6 @@ def test_constant_scores_overlap_in_nothing_before_the_end() -> None:
 
 
 @given(st.integers(1, 3), st.integers(1, 7), st.integers(1, 7), st.integers(0, 10_000))
-@settings(deadline=None)
 def test_overlap_equals_brute_force_with_ties(rows: int, candidates: int, k: int, seed: int) -> None:
     k = min(k, candidates)
     one, other = np.random.default_rng(seed).integers(0, 4, (2, rows, candidates))
@@ -173,7 +170,6 @@ def test_an_item_that_is_both_does_not_meet_itself() -> None:
 
 
 @given(st.integers(1, 6), st.integers(0, 10_000))
-@settings(deadline=None)
 def test_bijective_accuracy_equals_brute_force(pairs: int, seed: int) -> None:
     generator = np.random.default_rng(seed)
     queries, targets = generator.normal(size=(2, pairs, 3))
@@ -205,7 +201,6 @@ def test_of_targets_that_are_equally_near_but_for_rounding_the_first_is_taken() 
 
 
 @given(st.integers(2, 9), st.integers(1, 9), st.integers(0, 10_000))
-@settings(deadline=None)
 def test_bijective_accuracy_does_not_depend_on_the_chunk_with_ties_either(pairs: int, chunk: int, seed: int) -> None:
     queries, targets = np.random.default_rng(seed).integers(-1, 2, (2, pairs, 2)) * 1.0
     queries[~queries.any(axis=1)] = targets[~targets.any(axis=1)] = 1
@@ -238,7 +233,6 @@ def test_gauc_does_not_see_how_eager_a_user_is() -> None:
 
 
 @given(st.permutations(range(12)), st.integers(0, 10_000))
-@settings(deadline=None)
 def test_gauc_does_not_depend_on_the_order_of_events(order: list[int], seed: int) -> None:
     generator = np.random.default_rng(seed)
     scores, groups = generator.integers(0, 4, 12), generator.integers(0, 3, 12)
@@ -260,7 +254,6 @@ def events(draw: st.DrawFn, fewest: int = 2) -> tuple[np.ndarray, np.ndarray]:
 
 
 @given(events())
-@settings(deadline=None)
 def test_auc_is_the_share_of_pairs_in_order_and_that_of_sklearn(some: tuple[np.ndarray, np.ndarray]) -> None:
     scores, labels = some
     pairs = scores[labels][:, None] - scores[~labels]
@@ -277,7 +270,6 @@ def test_auc_in_closed_form_is_exact_on_ties() -> None:
 
 
 @given(events())
-@settings(deadline=None)
 def test_average_precision_puts_tied_negatives_first(some: tuple[np.ndarray, np.ndarray]) -> None:
     scores, labels = some
     order = sorted(range(len(scores)), key=lambda place: (-scores[place], labels[place]))
@@ -298,7 +290,6 @@ def test_average_precision_of_a_constant_score_is_the_least_there_is() -> None:
 
 
 @given(events(), st.integers(0, 10_000))
-@settings(deadline=None)
 def test_what_ranks_events_does_not_depend_on_their_order(some: tuple[np.ndarray, np.ndarray], seed: int) -> None:
     scores, labels = some
     order = np.random.default_rng(seed).permutation(len(labels))
@@ -321,7 +312,6 @@ def test_separability_in_closed_form() -> None:
 
 
 @given(events())
-@settings(deadline=None)
 def test_separability_is_symmetric_and_a_constant_cosine_separates_nothing(some: tuple[np.ndarray, np.ndarray]) -> None:
     scores, labels = some
     found, back = (separability(scores[one], scores[~one]) for one in (labels, ~labels))

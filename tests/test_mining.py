@@ -69,7 +69,7 @@ LIMITS = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(pairs(), st.integers(1, 4), LIMITS)
 def test_threshold_and_negatives_equal_brute_force(made, count, limits) -> None:
     queries, targets, query_ids, target_ids = made
@@ -209,7 +209,7 @@ def test_memory_beside_the_result_stays_within_what_is_given() -> None:
     assert int(done.stdout.split()[-1]) < (64 << 20) + 12 * 28 * 20_000 * 4, done.stdout
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     st.lists(st.integers(0, 5), min_size=1, max_size=8),
     st.lists(st.integers(0, 5), min_size=1, max_size=30),

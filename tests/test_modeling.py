@@ -34,7 +34,7 @@ def test_an_item_embeds_the_same_alone_and_in_any_batch(tiny) -> None:
         torch.testing.assert_close(together, alone[order], atol=TOLERANCE, rtol=0)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(order=st.permutations(range(7)))
 def test_the_order_of_a_batch_does_not_matter(tiny, order) -> None:
     items = seven_items()

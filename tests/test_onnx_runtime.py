@@ -109,7 +109,7 @@ def test_text_is_the_model_at_any_length(whole, ours, items) -> None:
         assert difference(found, expected) < TOLERANCE
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
 @given(rows=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 8), st.integers(1, 30)), min_size=1, max_size=7))
 def test_fusion_is_the_model_whatever_the_rows_hold(whole, ours, reader, rows) -> None:
     """Rows of a sound or none, so many visual tokens, so much text."""

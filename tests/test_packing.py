@@ -256,7 +256,7 @@ def test_attention_weights_need_a_padded_pass() -> None:
         assert model(**processor(["one", "and two"]), output_attentions=True).embeddings.isfinite().all()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=5).filter(sum), st.booleans(), st.sampled_from([1, 2, 4]))
 def test_each_row_attends_to_itself_alone(sizes, causal, key_heads) -> None:
     total = sum(sizes)

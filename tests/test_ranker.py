@@ -99,7 +99,7 @@ def test_a_release_makes_an_item_a_candidate_unless_nobody_ever_has_it() -> None
 
 
 @given(events=EVENTS, seed=st.integers(0, 5), negatives=st.integers(1, 3))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_rows_keep_their_promises(events: list[Event], seed: int, negatives: int) -> None:
     log = log_of((0, 0, -2.0, 1), (1, 1, -1.0, 1), *events, (2, 0, 10.0, 1), (3, 1, 11.0, 2))
     rows = ranking_rows(log, 0.0, question="chosen", negatives=negatives, share=0.99, seed=seed)
@@ -190,7 +190,7 @@ def test_rows_of_one_time_do_not_see_each_other() -> None:
 
 
 @given(events=EVENTS, others=EVENTS, time=st.integers(1, 9).map(float))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_whatever_happens_from_a_row_s_time_on_changes_none_of_its_features(
     events: list[Event], others: list[Event], time: float
 ) -> None:
@@ -211,7 +211,7 @@ def test_whatever_happens_from_a_row_s_time_on_changes_none_of_its_features(
 
 
 @given(events=EVENTS, seed=st.integers(0, 9))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_one_pass_counts_what_a_scan_for_each_row_counts(events: list[Event], seed: int) -> None:
     log = log_of((0, 0, 0.0, 2), *events)
     generator = np.random.default_rng(seed)

@@ -195,7 +195,7 @@ def test_an_epoch_has_every_row_once() -> None:
     assert ids(batches, 0) != ids(batches, 3)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.sampled_from([0.0, 0.01, 0.2, 1.0, 5.0]), min_size=1, max_size=6), st.integers(0, 99))
 def test_no_dataset_falls_behind_its_share_unless_its_weight_is_zero(weights, seed) -> None:
     if not sum(weights):

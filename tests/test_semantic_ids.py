@@ -33,7 +33,7 @@ def fitted(scheme: str) -> SemanticIDs:
     return fit_semantic_ids(items(), scheme=scheme, **given)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(1, 20), st.integers(1, 9), st.integers(0, 999))
 def test_the_nearest_centroid_is_the_one_of_brute_force(count, size, seed) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -182,7 +182,7 @@ def test_a_batch_brings_the_id_embeddings_of_its_items(tiny) -> None:
     assert len(set(batch["item_ids"].tolist())) == 4
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=5), min_size=1, max_size=8))
 def test_places_are_items_or_means_of_sequences(lists) -> None:
     items = torch.randn(7, 6, generator=torch.Generator().manual_seed(0))

@@ -107,7 +107,7 @@ def brute(name: str, interactions: Interactions, targets: int, history: int, kep
 
 @pytest.mark.parametrize("name", ["vanilla", "labels", "clusters"])
 @given(events=EVENTS, numbers=NUMBERS)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_every_case_keeps_the_promises(name: str, events: list[Event], numbers: dict[str, int]) -> None:
     interactions = interactions_of(events)
     cases = make(name, interactions, **numbers)
@@ -124,7 +124,7 @@ def test_every_case_keeps_the_promises(name: str, events: list[Event], numbers: 
 
 @pytest.mark.parametrize("name", ["vanilla", "labels", "clusters"])
 @given(events=EVENTS, future=EVENTS, kept=st.integers(1, 3), pick=st.integers(0, 99))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_nothing_from_the_targets_event_on_reaches_a_sequence(
     name: str, events: list[Event], future: list[Event], kept: int, pick: int
 ) -> None:
@@ -150,7 +150,6 @@ def test_nothing_from_the_targets_event_on_reaches_a_sequence(
 
 
 @given(events=EVENTS, numbers=NUMBERS, user=st.integers(0, NUM_USERS - 1), seed=st.integers(0, 9))
-@settings(deadline=None)
 def test_draws_do_not_depend_on_who_else_is_there(
     events: list[Event], numbers: dict[str, int], user: int, seed: int
 ) -> None:
@@ -161,7 +160,6 @@ def test_draws_do_not_depend_on_who_else_is_there(
 
 
 @given(events=EVENTS, seed=st.integers(0, 9))
-@settings(deadline=None)
 def test_draws_do_not_depend_on_how_many_targets_there_are(events: list[Event], seed: int) -> None:
     few, many = (vanilla_cases(interactions_of(events), SPLIT, targets=n, kept=2, seed=seed) for n in (1, 9))
     assert set(few) <= set(many)
@@ -248,7 +246,6 @@ def test_a_sequence_is_the_mean_of_its_unit_vectors() -> None:
 
 
 @given(st.integers(0, 10_000))
-@settings(deadline=None)
 def test_lengths_of_embeddings_do_not_matter(seed: int) -> None:
     generator = np.random.default_rng(seed)
     embeddings, lengths = generator.normal(size=(6, 3)), generator.uniform(0.1, 9, (6, 1))
@@ -268,7 +265,6 @@ def test_embeddings_that_are_none_are_refused() -> None:
 
 
 @given(events=EVENTS, numbers=NUMBERS, seed=st.integers(0, 10_000), subset=st.booleans())
-@settings(deadline=None)
 def test_ranks_equal_brute_force_with_ties(
     events: list[Event], numbers: dict[str, int], seed: int, subset: bool
 ) -> None:

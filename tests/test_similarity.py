@@ -53,7 +53,7 @@ def brute(scores: np.ndarray, relevant: np.ndarray, k: int) -> tuple[float, floa
 
 
 @given(SEEDS, st.integers(1, 5), st.integers(1, 12), st.integers(1, 15), st.integers(1, 13))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_scores_equal_brute_force_and_dense_recall_with_ties_zeros_and_exclusions(
     seed: int, queries: int, targets: int, k: int, chunk: int
 ) -> None:
@@ -98,7 +98,7 @@ def test_scores_in_closed_form() -> None:
 
 
 @given(SEEDS, st.integers(1, 4), st.integers(2, 9), st.sampled_from(["float32", "float64"]))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_a_constant_embedding_earns_nothing_before_the_end(seed: int, queries: int, targets: int, kind: str) -> None:
     generator = np.random.default_rng(seed)
     vector, lengths = generator.normal(size=7), generator.uniform(0.1, 9, (queries + targets, 1))
@@ -110,7 +110,7 @@ def test_a_constant_embedding_earns_nothing_before_the_end(seed: int, queries: i
 
 
 @given(SEEDS, st.integers(1, 5), st.integers(1, 12), st.integers(1, 13), st.integers(1, 13))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_scores_do_not_depend_on_the_order_of_candidates_or_queries_nor_on_the_chunk(
     seed: int, queries: int, targets: int, chunk: int, other_chunk: int
 ) -> None:
@@ -150,7 +150,7 @@ def test_an_item_without_a_vector_finds_nothing_and_is_not_found() -> None:
 
 
 @given(SEEDS, st.integers(1, 5), st.integers(1, 12), st.integers(1, 12), st.integers(1, 13))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_neighbours_equal_a_stable_sort(seed: int, queries: int, targets: int, k: int, chunk: int) -> None:
     k = min(k, targets)
     one, other, _, _ = drawn(seed, queries, targets)
@@ -173,7 +173,7 @@ def test_a_vector_is_its_own_neighbour_and_the_opposite_one_the_last() -> None:
 
 
 @given(SEEDS, st.integers(3, 9), st.integers(1, 8), st.integers(1, 10))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_agreement_equals_the_dense_metrics(seed: int, items: int, k: int, chunk: int) -> None:
     k = min(k, items - 1)
     one, other, _, _ = drawn(seed, items, items)

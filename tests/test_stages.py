@@ -132,7 +132,7 @@ def test_a_stage_that_is_killed_and_resumed_ends_with_the_same_parameters(recipe
     run = run_command(killed)
     checkpoints = tmp_path / "killed" / "base" / "checkpoints"
     deadline = time.time() + 120
-    while not list(checkpoints.glob("checkpoint-*/trainer_state.json")) and time.time() < deadline:
+    while last_checkpoint(checkpoints) is None and time.time() < deadline:
         time.sleep(0.02)
     run.send_signal(signal.SIGKILL)
     run.wait()

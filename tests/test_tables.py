@@ -48,7 +48,7 @@ def assert_same(one: IDTable, other: IDTable) -> None:
         lambda names: st.tuples(*(id_tables(name) for name in sorted(names)))
     )
 )
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_what_is_saved_is_loaded_bit_by_bit(given_tables: tuple[IDTable, ...]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "deep" / "tables.parquet"
@@ -101,7 +101,7 @@ def test_lists_of_any_kind_and_ids_of_any_kind_are_read(tmp_path: Path, kind: pa
 
 
 @given(st.lists(st.sampled_from("abc"), min_size=1, max_size=20), st.integers(1, 5))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_tables_may_stand_mixed_in_files_and_be_spread_over_them(names: list[str], cut: int) -> None:
     """Whatever rows lie between, each table has its own, in order, of its own length."""
     dims = {"a": 1, "b": 2, "c": 3}

@@ -85,7 +85,7 @@ def test_a_constant_model_earns_nothing_before_the_end() -> None:
 
 
 @given(retrievals(), SEEDS)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_drawn_negatives_are_neither_relevant_nor_excluded_and_as_many_as_positives(data: Retrieval, seed: int) -> None:
     place = {name: index for index, name in enumerate(data.corpus)}
     sides = [
@@ -118,7 +118,7 @@ def test_at_most_ten_positives_of_a_query_are_drawn() -> None:
 
 
 @given(retrievals(), SEEDS)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_scores_of_any_small_corpus_are_within_bounds_and_left_out_where_nothing_is(data: Retrieval, seed: int) -> None:
     found = score(data, encode, seed=seed)
     there = {name for side in (data.queries, data.corpus) for name, item in side.items() if any(item["vector"])}
@@ -217,7 +217,6 @@ def direction(vector: Sequence[float]) -> np.ndarray:
 
 
 @given(st.lists(st.lists(st.tuples(*[st.integers(-2, 2)] * 3), max_size=4), min_size=1, max_size=4))
-@settings(deadline=None)
 def test_a_sequence_is_the_mean_of_the_directions_of_its_items(sequences: list[list[tuple[int, ...]]]) -> None:
     assume(any(sequences))
     seen: list[tuple[Item, str]] = []

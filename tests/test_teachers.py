@@ -115,7 +115,6 @@ def pair_matrices(draw: st.DrawFn) -> np.ndarray:
 
 
 @given(pair_matrices(), st.integers(1, 4), st.booleans(), st.integers(0, 9))
-@settings(deadline=None)
 def test_propagation_is_that_of_the_dense_adjacency(
     pairs: np.ndarray, num_layers: int, layer_zero: bool, seed: int
 ) -> None:
@@ -191,7 +190,7 @@ EVENTS = st.lists(st.tuples(NAMES, NAMES, st.floats(0, 9), st.integers(0, 3)), m
 
 
 @given(EVENTS, EVENTS)
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 def test_nothing_from_the_split_on_changes_a_table(past: list[Event], future: list[Event]) -> None:
     """Whatever happens later, by whomever and with whatever, even users and items that were not there before."""
     past = [("b", "b", 0.0, 1), ("b", "d", 0.0, 1), *past]
