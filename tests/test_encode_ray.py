@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import threading
-import time
 from contextlib import suppress
 
 import psutil
@@ -46,6 +45,7 @@ def expected(items, tiny_folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def cluster():
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_worker_niceness"] = "0"  # by Ray's own, tests that run beside these leave its workers no core
     ray.init(num_cpus=2, include_dashboard=False, object_store_memory=encode_ray.STORE_BYTES, log_to_driver=False)
     yield
     ray.shutdown()
@@ -55,26 +55,28 @@ def files(folder) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def kill_an_actor(folder, killed: list[int]) -> None:
-    """Once the first shard is there, kill -9 an actor that encodes."""
-    until = time.monotonic() + 300
-    while time.monotonic() < until and not killed:
+def kill_an_actor(folder, killed: list[int], over: threading.Event) -> None:
+    """Once the first shard is there, kill -9 an actor that encodes; unless the job is over."""
+    while not killed and not over.wait(0.01):
         if list(folder.glob("part-*.parquet")):
             for process in psutil.Process().children(recursive=True):
                 with suppress(psutil.Error):  # one that ended meanwhile
                     if "MapWorker" in " ".join(process.cmdline()[:1]) and not killed:
                         process.kill()
                         killed.append(process.pid)
-        time.sleep(0.01)
 
 
 @pytest.mark.slow
 def test_an_actor_that_is_killed_costs_a_retry_and_no_row(cluster, items, tiny_folder, expected, tmp_path) -> None:
     killed: list[int] = []
-    watch = threading.Thread(target=kill_an_actor, args=(tmp_path / "x", killed))
+    over = threading.Event()
+    watch = threading.Thread(target=kill_an_actor, args=(tmp_path / "x", killed, over))
     watch.start()
-    done = encode_ray.encode_on_ray(tiny_folder, items, str(tmp_path / "x"), OPTIONS)
-    watch.join()
+    try:
+        done = encode_ray.encode_on_ray(tiny_folder, items, str(tmp_path / "x"), OPTIONS)
+    finally:
+        over.set()
+        watch.join()
     assert killed, "the job was over before an actor was killed"
     assert (done["ok"], done["error"], done["new"]) == (180, 20, 200)
     assert files(tmp_path / "x") == expected

@@ -25,7 +25,7 @@ from .figures import figure
 from .items import WORDS, made_items, write_media
 
 MEDIA = 32  # pictures and sounds that the made items share
-GRACE_SECONDS = 10.0  # for what outlives a killed process
+GRACE_SECONDS = 60.0  # within which the processes of a killed one must have ended, on a busy machine too
 LOOK_SECONDS = 0.25
 
 
