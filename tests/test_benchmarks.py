@@ -12,7 +12,7 @@ import transformers
 from modeling_sail.evaluation.benchmarks import __main__ as command
 from modeling_sail.evaluation.benchmarks import cache, encode, gpu, loss, mine, parts, peak, peers, picture, train
 from modeling_sail.evaluation.benchmarks.child import run_child
-from modeling_sail.evaluation.benchmarks.exact import exact_benchmark
+from modeling_sail.evaluation.benchmarks.exact import SAID, exact_benchmark
 from modeling_sail.evaluation.benchmarks.figures import KEYS, figure
 from modeling_sail.evaluation.benchmarks.items import HZ, SECONDS, TOKENS, items_for, made_items, write_media
 from modeling_sail.evaluation.benchmarks.models import as_encoder, embed, encoded, module_of
@@ -418,15 +418,21 @@ def test_an_item_is_the_same_alone_and_in_a_batch_and_bfloat16_is_not_float32(ti
     assert found["float32, alone and in a batch", "largest difference"] < 1e-5
     assert 1e-5 < found["bfloat16 and float32", "largest difference"] < 0.1
     assert found["bfloat16 and float32", "lowest cosine"] > 0.99
+    assert 1e-5 < found["float32 with weights of bfloat16, and float32", "largest difference"] < 0.1
 
 
-def test_real_items_in_bfloat16_stand_beside_float32(tiny_folder, tmp_path) -> None:
+def test_real_items_in_bfloat16_stand_beside_float32(tiny_folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(SAID, "gap", lambda cosines: float(1 - cosines.min()))
     source = tmp_path / "films.jsonl"
     source.write_text('{"title": "one"}\n{broken\n{"image": "missing.png"}\n{"title": "two"}\n')
-    found = {line["figure"]: line for line in exact_benchmark(tiny_folder, [source]) if "films" in line["case"]}
+    lines = [line for line in exact_benchmark(tiny_folder, [source]) if "films" in line["case"]]
+    found = {line["figure"]: line for line in lines if line["peer_name"] == "bfloat16, plain kernels"}
+    weights = {line["figure"]: line for line in lines if line["peer_name"] == "float32, weights of bfloat16"}
+    assert len(lines) == len(found) + len(weights)
     assert {line["case"] for line in found.values()} == {"films.jsonl: 2 real items, bfloat16 and float32"}
     assert 0.99 < found["lowest cosine"]["ours"] <= found["mean cosine"]["ours"] <= 1
     assert found["items whose cosine is below 0.99"]["ours"] == 0
+    assert min(weights["gap"]["peer"], found["gap"]["ours"], found["gap"]["peer"]) > 1e-7, "something was in float32"
     source.write_text('{"image": "missing.png"}\n')
     with pytest.raises(ValueError, match="films.jsonl has no good item; the first: no such file"):
         list(exact_benchmark(tiny_folder, [source]))
