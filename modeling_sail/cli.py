@@ -30,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"sail {args.command}: stopped", file=sys.stderr)
         return 130  # as shells have it for ^C
+    finally:
+        if args.command == "train":
+            _leave_ranks()
     return 0
 
 
@@ -258,12 +261,15 @@ def _train(args: argparse.Namespace) -> None:
     from .training.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
-    from .training.distributed import leave
     from .training.stages import run_recipe  # imports the Trainer: a bad recipe needs no such wait
 
-    folder = run_recipe(recipe)
+    print(run_recipe(recipe))
+
+
+def _leave_ranks() -> None:
+    from .training.distributed import leave
+
     leave()
-    print(folder)
 
 
 def _mine(args: argparse.Namespace) -> None:

@@ -181,7 +181,7 @@ def _run(
 
 def _described(model: Path, options: Options) -> tuple[Job, Cost]:
     """The job, and what items cost."""
-    _refuse_no_model(model)
+    require_folder(model)
     width = AutoConfig.from_pretrained(model).hidden_size
     if options.dim is not None and options.dim > width:
         raise ValueError(f"dim={options.dim} must not be above the model's {width}.")
@@ -380,13 +380,18 @@ def load_module(
     Raises:
         ValueError: the folder is not one that `sail build` or ``save_pretrained`` wrote.
     """
-    _refuse_no_model(folder)
+    require_folder(folder)
     asked = {"dtype": dtype, "attn_implementation": attention}
     kwargs = {name: value for name, value in asked.items() if value is not None}
     return SailSentenceTransformer.load(str(folder), model_kwargs=kwargs).to(device).eval()
 
 
-def _refuse_no_model(folder: Path) -> None:
+def require_folder(folder: Path) -> None:
+    """Refuse what is no model, before anything is begun with it.
+
+    Raises:
+        ValueError: the folder has no config.json.
+    """
     if (folder / "config.json").is_file():
         return
     if (folder / "adapter_config.json").is_file():

@@ -1,6 +1,6 @@
 """What two gloo ranks do in tests: run by torchrun, writes its parameters for the one-process run to compare with.
 
-torchrun --nproc_per_node 2 -m tests.ranks CASE OUT, or recipe RECIPE, or leave
+torchrun --nproc_per_node 2 -m tests.ranks CASE OUT, or recipe RECIPE, or leave, or fail [command]
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from modeling_sail.training import stages
 from modeling_sail.training.__main__ import main as run_training
 from modeling_sail.training.build import build_tiny
 from modeling_sail.training.collate import Collator
@@ -28,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
 from modeling_sail.behaviour_heads_sail import BehaviourHeads
+from modeling_sail.cli import main as run_command
 
 from .conftest import picture, sound
 
@@ -120,15 +122,31 @@ def main() -> None:
         status = 0
         _work_on()
         leave()
+    elif sys.argv[1] == "fail":
+        stages.run_recipe = _fail
+        status = (run_command(["train", "mini"]) if sys.argv[2:] else run_training(["mini"])) != 2
     else:
         status = 0
         _train(sys.argv[1], Path(sys.argv[2]))
         leave()
+    sys.exit(status or not _no_threads())
+
+
+def _no_threads() -> bool:
+    """Whether no thread of a process group is left."""
     names = []
     for thread in Path("/proc/self/task").glob("*"):
         with suppress(OSError):  # one of torch's that ends just now
             names.append(Path(thread, "comm").read_text())
-    sys.exit(status or any("gloo" in name for name in names))
+    return not any("gloo" in name for name in names)
+
+
+def _fail(recipe: object) -> None:
+    """A training that ends by an error, which holds what its functions held."""
+    dist.init_process_group("gloo")
+    model = DistributedDataParallel(torch.nn.Linear(2, 2))
+    model.itself = [model]
+    raise ValueError("a stage fails")
 
 
 def _work_on() -> None:

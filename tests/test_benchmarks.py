@@ -368,15 +368,22 @@ def test_the_command_prints_lines_appends_them_and_draws_them(tmp_path, capsys, 
     assert (given["rounds"], given["size"], list(given["allocators"].values())) == (2, 5, [{}])
     monkeypatch.setitem(command.BENCHMARKS, "loss", ("stands in", lambda args: LINES[2:], {}))
     command.main(["--out", str(tmp_path / "alone.jsonl"), "loss"])
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine\n")
     assert not (tmp_path / "alone.svg").exists()  # nothing with a peer: no picture, and no error after the run
     for wrong, said in (
         (["encode", "--model", str(tmp_path)], "holds no model"),
         (["profile", "--model", str(tmp_path / "none")], "holds no model"),
         (["train", "--model", str(tmp_path)], "holds no model"),
         (["--rounds", "0", "loss"], "at least one round"),
+        (["--out", str(tmp_path / "x.svg"), "loss"], "x.svg: lines are appended there, .* a picture is --picture"),
+        (["--out", str(notes), "loss"], "notes.txt, line 1 is not JSON"),
+        (["--picture", str(tmp_path / "x.pdf"), "loss"], "x.pdf: pictures are .svg or .png"),
     ):
         with pytest.raises(SystemExit, match=said):
             command.main(wrong)
+    assert notes.read_text() == "mine\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"l.jsonl", "l.svg", "alone.jsonl", "notes.txt"}
 
 
 def test_encode_runs_in_processes_of_its_own(tiny_folder, monkeypatch) -> None:

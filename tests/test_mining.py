@@ -11,8 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from modeling_sail.training import mining
+from modeling_sail.training import mining, mining_blocks
 from modeling_sail.training.mining import NothingToMine, best_threshold, mine
+from torch import Tensor
 
 
 def brute(queries, targets, query_ids, target_ids, count):
@@ -54,8 +55,14 @@ def pairs(draw):
     else:
         queries = torch.randn(size, 6, generator=generator)
         targets = queries + draw(st.sampled_from([0.3, 1.0, 5.0])) * torch.randn(size, 6, generator=generator)
+        queries, targets = ((16 * side).round() / 16 for side in (queries, targets))  # exact products again
     kinds = draw(st.integers(1, 2 * size))
     numbers = torch.randint(0, kinds, (2, size), generator=generator)
+    said_again = draw(st.sampled_from(["nothing", "targets", "queries", "both"]))  # an id is one item, or may be many
+    if said_again in ("queries", "both"):
+        queries = queries[numbers[0] % size]
+    if said_again in ("targets", "both"):
+        targets = targets[numbers[1] % size]
     return queries, targets, [f"q{n}" for n in numbers[0].tolist()], [f"t{n}" for n in numbers[1].tolist()]
 
 
@@ -65,6 +72,8 @@ LIMITS = st.fixed_dictionaries(
         "SPARE": st.sampled_from([0, 2, 24]),  # with few, most rows are looked at again
         "KEPT_A_PAIR": st.sampled_from([1, 16]),  # with few, negatives are counted in a second pass
         "MASKED_AT_ONCE": st.sampled_from([1, 10, 1 << 20]),
+        "COMPARED": st.sampled_from([3, 4096]),
+        "ROWS_WEIGHED": st.sampled_from([2, 128]),
     }
 )
 
@@ -77,7 +86,7 @@ def test_threshold_and_negatives_equal_brute_force(made, count, limits) -> None:
     options = {"query_ids": query_ids, "target_ids": target_ids, "num_negatives": count}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in limits.items():
-            patch.setattr(mining, name, value)
+            patch.setattr(mining if hasattr(mining, name) else mining_blocks, name, value)
         if not len(negatives):
             with pytest.raises(NothingToMine, match="no negative"):
                 mine(queries, targets, **options)
@@ -87,6 +96,14 @@ def test_threshold_and_negatives_equal_brute_force(made, count, limits) -> None:
     assert found.threshold.value == pytest.approx(float(expected[1]), abs=1e-5)
     assert found.false_negatives.tolist() == false
     assert (found.highest_false >= 0).tolist() == [number > 0 for number in false]
+    for row, place in enumerate(found.highest_false.tolist()):
+        if place >= 0:
+            right = {target for query, target in zip(query_ids, target_ids, strict=True) if query == query_ids[row]}
+            others = [column for column, target in enumerate(target_ids) if target not in right]
+            assert place in others
+            assert (queries[row] @ targets[place]).item() == pytest.approx(
+                (queries[row] @ targets[others].T).max().item(), abs=1e-5
+            )
     for row, kept_scores in enumerate(hard):
         scores = found.scores[row][~found.scores[row].isnan()]
         assert scores.tolist() == pytest.approx(kept_scores, abs=1e-5)
@@ -99,7 +116,7 @@ def test_threshold_and_negatives_equal_brute_force(made, count, limits) -> None:
 def test_many_pairs_equal_brute_force_where_the_model_is_good_where_it_is_weak_and_with_few_names(
     size, noise, names, monkeypatch
 ) -> None:
-    monkeypatch.setattr(mining, "TILE", (256, 1000))
+    monkeypatch.setattr(mining_blocks, "TILE", (256, 1000))
     generator = torch.Generator().manual_seed(0)
     targets = torch.nn.functional.normalize(torch.randn(names, 16, generator=generator), dim=1)
     which = torch.arange(size) % names
@@ -120,6 +137,18 @@ def test_many_pairs_equal_brute_force_where_the_model_is_good_where_it_is_weak_a
     expected = of_names.topk(5, dim=1).values
     expected = expected.masked_fill(~expected.isfinite(), torch.nan)
     torch.testing.assert_close(found.scores, expected, atol=1e-5, rtol=0, equal_nan=True)
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5)), max_size=8), max_size=12), st.integers(1, 30))
+def test_the_highest_are_kept_with_their_weights_whenever_they_come(parts, keep) -> None:
+    kept = mining._Highest(keep, "cpu", weighted=True)
+    for part in parts:
+        values, weights = (torch.tensor([pair[side] for pair in part], dtype=torch.long) for side in (0, 1))
+        kept.add(values.float(), weights)
+    found = [round(value) for value, times in zip(*map(Tensor.tolist, kept.all()), strict=True) for _ in range(times)]
+    expected = sorted((value for part in parts for value, times in part for _ in range(times)), reverse=True)
+    assert found == expected[: len(found)] and len(found) >= min(keep, len(expected))
+    assert len(found) < keep + 5
 
 
 @pytest.mark.parametrize("level", [1.0, 0.5])
@@ -146,12 +175,14 @@ class Killed(Exception):
     pass
 
 
-def test_a_killed_pass_goes_on_from_its_state_to_the_same_result(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("names", [200, 40])
+def test_a_killed_pass_goes_on_from_its_state_to_the_same_result(tmp_path, monkeypatch, names) -> None:
     generator = torch.Generator().manual_seed(1)
     queries = torch.randn(200, 8, generator=generator)
     targets = queries + torch.randn(200, 8, generator=generator)
-    given = {"query_ids": range(200), "target_ids": range(200), "state": tmp_path / "state"}
-    monkeypatch.setattr(mining, "TILE", (16, 64))
+    targets = targets[torch.arange(200) % names]
+    given = {"query_ids": range(200), "target_ids": np.arange(200) % names, "state": tmp_path / "state"}
+    monkeypatch.setattr(mining_blocks, "TILE", (16, 64))
     whole = mine(queries, targets, **given | {"state": None})
     monkeypatch.setattr(mining, "SECONDS_BETWEEN_SAVES", -1.0)
     search, asked = mining._search_band, []
@@ -167,7 +198,7 @@ def test_a_killed_pass_goes_on_from_its_state_to_the_same_result(tmp_path, monke
         mine(queries, targets, **given)
     with pytest.raises(ValueError, match="state of another run .its count differ"):
         mine(queries, targets, **given | {"num_negatives": 3})
-    with pytest.raises(ValueError, match="state of another run .its data differ"):
+    with pytest.raises(ValueError, match="state of another run .its .*data differ"):
         mine(targets, queries, **given)
     found = mine(queries, targets, **given)
     assert asked[9] == asked[8], "it goes on with the band that it died in"

@@ -162,6 +162,13 @@ def test_ranks_leave_when_a_last_tensor_is_freed_late() -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+@pytest.mark.parametrize("command", [[], ["command"]])
+def test_a_training_that_fails_leaves_too(command) -> None:
+    done = run_ranks("fail", *command)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stderr.count("sail train: a stage fails") == 2
+
+
 @pytest.mark.parametrize("case", ["mixed", "halves", "sequences", "mixed-60", "halves-60", "sequences-60"])
 def test_two_ranks_train_like_one_process_on_the_whole_batch(tmp_path, case) -> None:
     kind, _, budget = case.partition("-")

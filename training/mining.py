@@ -3,6 +3,8 @@
 Unusual: F1 over every threshold is exact without an (N, N) matrix. Only positives' scores can be the best threshold,
 and one at or below the K-th highest negative has an F1 of at most 2 N / (2 N + K): once the best one found reaches
 that, the K highest negatives were enough; else negatives are counted in a second pass, as far down as that needs.
+Where rows say the same items again and again, as interactions with a catalogue do, each is scored once and counts as
+often as it is there.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,22 +21,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .files import whole
+from .mining_blocks import ALIKE, Blocks, Distinct, Excluded, Ids, numbered
 
 MEMORY_BYTES = 1 << 30
-TILE = 1024, 16_384  # queries and targets of a block of scores: 64 MiB; larger ones are no faster
 CHUNK = 65_536  # rows that are looked at together where nothing else bounds them
 BYTES_A_NEGATIVE = 40  # of one that is kept for the threshold: the number itself, and the copies that sort it
 KEPT_A_PAIR = 16  # negatives kept for the threshold at first; enough where F1 is at least 0.11
 SPARE = 24  # of each query's highest scores more than asked for: some are false negatives, or said twice
-MASKED_AT_ONCE = 1 << 20  # pairs that are no negatives, spelt out at a time
 SECONDS_BETWEEN_SAVES = 60.0
-ALIKE = 1e-5  # scores that differ by less are one score with float32's noise
-
-
-Ids = Sequence[Hashable] | np.ndarray
+SAMPLED = 32  # rows at least that tell how far down to count
 
 
 class NothingToMine(ValueError):
@@ -118,27 +114,33 @@ def summary(found: Mined) -> dict[str, Any]:
 # --- the threshold --------------------------------------------------------------------------------------------------
 
 
-def best_threshold(positives: np.ndarray, negatives: np.ndarray, complete: bool) -> Threshold | None:
+def best_threshold(
+    positives: np.ndarray, negatives: np.ndarray, complete: bool, weights: np.ndarray | None = None
+) -> Threshold | None:
     """The threshold of best F1 (section 3.1.2), or None where the negatives given cannot tell it.
 
     Args:
         positives: (N,) scores of the positive pairs.
         negatives: the highest scores of the other pairs.
         complete: whether those are all of them.
+        weights: how many pairs have each of those scores; one by default.
 
     Raises:
         ValueError: there is no positive.
     """
     if not len(positives):
         raise ValueError("There is no positive pair; F1 has no threshold.")
-    count, others = len(positives), np.sort(negatives)
+    count, rising = len(positives), np.argsort(negatives)
+    others, below = negatives[rising], np.arange(len(negatives) + 1)  # below[n]: pairs that the lowest n scores are of
+    if weights is not None:
+        below[1:] = weights[rising].cumsum()
     candidates = np.unique(positives)[::-1]
     if not complete:  # at or below the lowest one kept, there may be others that were not kept
         candidates = candidates[candidates > others[0]]
     if not len(candidates):
         return None
-    found = threshold_of(positives, candidates, len(others) - np.searchsorted(others, candidates, side="left"))
-    certain = complete or found.f1 >= 2 * count / (2 * count + len(others))
+    found = threshold_of(positives, candidates, below[-1] - below[np.searchsorted(others, candidates, side="left")])
+    certain = complete or found.f1 >= 2 * count / (2 * count + below[-1])
     return found if certain else None
 
 
@@ -177,10 +179,12 @@ def mine(
     """lambda* and the hard negatives of N positive pairs, both exact, in memory linear in N.
 
     All cross pairs (query i, target j) are negatives but those that are positives of the same query id or that have a
-    target id of such a positive.
+    target id of such a positive. Rows of one id whose embeddings differ by float32's noise alone are scored as the
+    first of them: the work is that of the distinct queries times the distinct targets, where these are few.
 
     Args:
-        queries, targets: (N, D) embeddings of the pairs, normalised; may be memory-mapped.
+        queries, targets: (N, D) embeddings of the pairs, normalised; may be memory-mapped. Where few targets are
+            distinct, these are copied.
         query_ids, target_ids: N names or numbers each.
         num_negatives: k; at most so many a query, no target id twice.
         memory_bytes: for blocks of scores and the negatives kept for the threshold, besides the embeddings, and about
@@ -198,24 +202,34 @@ def mine(
             finite; a state of another run, or one that cannot be read.
     """
     _check(queries, targets, query_ids, target_ids, num_negatives, memory_bytes)
-    excluded = _Excluded(_numbered(query_ids), _numbered(target_ids))
-    blocks = _Blocks(queries, targets, excluded, memory_bytes // 4, device or queries.device, progress)
-    if blocks.num_negatives == 0:
+    numbers = numbered(query_ids), numbered(target_ids)
+    rows, columns = (Distinct.of(side, ids) for side, ids in zip((queries, targets), numbers, strict=True))
+    excluded = Excluded(*numbers, rows.first, columns.first)
+    blocks = Blocks(queries, targets, rows, columns, excluded, memory_bytes // 4, device or queries.device, progress)
+    if excluded.num_negatives == 0:
         raise NothingToMine("There is no negative: every target is a positive of every query. Mine over more pairs.")
-    size, count = len(queries), min(len(queries), num_negatives + SPARE)
+    size, count = len(queries), min(len(columns.first), num_negatives + SPARE)
     most = (memory_bytes - memory_bytes // 4) // BYTES_A_NEGATIVE
-    keep = max(1, min(KEPT_A_PAIR * size, blocks.num_negatives, most))
+    keep = max(1, min(KEPT_A_PAIR * size, excluded.num_negatives, most))
     first = _first_pass(blocks, count, keep, state)
-    complete = len(first.highest) >= blocks.num_negatives
-    threshold = best_threshold(first.positives.numpy(), first.highest.numpy(), complete)
+    weights = None if first.weights is None else first.weights.numpy()
+    complete = (len(first.highest) if weights is None else weights.sum()) >= excluded.num_negatives
+    threshold = best_threshold(first.positives.numpy(), first.highest.numpy(), complete, weights)
     if threshold is None:
         threshold = _counted(blocks, first)
-    found = _below(first.places, first.scores, threshold.value, blocks.excluded.targets, num_negatives)
+    found = _below(first.places, first.scores, threshold.value, blocks, num_negatives)
     short = (found.scores.isnan().any(dim=1) & (first.scores[:, -1] > -torch.inf)).nonzero()[:, 0]
     if len(short):
         _redo(blocks, short, threshold.value, found)
+    of = torch.from_numpy(rows.number)  # a row has what its query has
     return Mined(
-        found.places, found.scores, first.positives, threshold, found.false, found.highest_false, excluded.count
+        columns.rows(found.places)[of],
+        found.scores[of],
+        first.positives,
+        threshold,
+        found.false[of],
+        columns.rows(found.highest_false)[of],
+        excluded.count,
     )
 
 
@@ -223,151 +237,51 @@ def mine(
 class _First:
     positives: Tensor  # (N,)
     highest: Tensor  # (K,) of all negatives
-    places: Tensor  # (N, count) of each query's highest negatives
+    places: Tensor  # (R, count) of each distinct query's highest negatives, distinct targets
     scores: Tensor
+    weights: Tensor | None = None  # (K,) cross pairs that have each of the highest scores; None: one
 
 
 @dataclass(frozen=True)
 class _Found:
-    places: Tensor  # (n, k)
+    places: Tensor  # (n, k) of distinct targets
     scores: Tensor
     false: Tensor  # (n,)
     highest_false: Tensor  # (n,)
 
 
-class _Excluded:
-    """Which cross pairs are no negatives, row by row: positives of the same query id, and what shares their ids.
-
-    Pairs are found by ranges of the columns sorted by target id, so no row has a list of its own.
-    """
-
-    def __init__(self, queries: np.ndarray, targets: np.ndarray) -> None:
-        self.targets, self.queries, self.size = torch.from_numpy(targets), queries, len(targets)
-        self.order = np.argsort(targets, kind="stable")
-        self.keys = targets[self.order] * self.size + self.order  # rising: by id, then by column
-        sizes = np.bincount(targets)
-        pairs = np.unique(np.stack([queries, targets], axis=1), axis=0)  # by query, each of its target ids once
-        self.wanted = pairs[:, 1]
-        self.num_wanted = np.bincount(pairs[:, 0])
-        self.wanted_begins = np.cumsum(self.num_wanted) - self.num_wanted
-        a_query = np.bincount(pairs[:, 0], weights=sizes[self.wanted]).astype(np.int64)
-        self.a_row = a_query[queries]  # (N,) columns that are no negatives of a row, its own among them
-        self.count = int(self.a_row.sum()) - len(queries)
-
-    def mask(self, scores: Tensor, rows: range, columns: range) -> None:
-        """Set what does not count to minus infinity, in place; some rows at a time, as ids may be shared by many."""
-        total = self.a_row[rows.start : rows.stop].cumsum()
-        cuts = np.searchsorted(total, np.arange(MASKED_AT_ONCE, total[-1], MASKED_AT_ONCE)) + 1
-        for some in np.split(np.arange(len(rows)), np.unique(cuts)):
-            if len(some):
-                where, which = (torch.from_numpy(part).to(scores.device) for part in self._pairs(some, rows, columns))
-                scores[where, which] = -torch.inf
-
-    def _pairs(self, some: np.ndarray, rows: range, columns: range) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and columns of a block, pair by pair."""
-        queries = self.queries[rows.start + some]
-        ids = self.wanted[_ranges(self.wanted_begins[queries], self.num_wanted[queries])]
-        owners = some.repeat(self.num_wanted[queries])
-        begins, ends = (np.searchsorted(self.keys, ids * self.size + at) for at in (columns.start, columns.stop))
-        return owners.repeat(ends - begins), self.order[_ranges(begins, ends - begins)] - columns.start
-
-
-def _ranges(begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """The whole numbers of [begin, begin + size), one range after the other."""
-    ends = sizes.cumsum()
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(begins - (ends - sizes), sizes)
-
-
-def _numbered(ids: Ids) -> np.ndarray:
-    """(N,) numbers from 0, equal where the ids are."""
-    if isinstance(ids, np.ndarray):
-        return np.unique(ids, return_inverse=True)[1].astype(np.int64)
-    known: dict[Hashable, int] = {}
-    return np.array([known.setdefault(name, len(known)) for name in ids], dtype=np.int64)
-
-
-@dataclass(frozen=True)
-class _Block:
-    rows: range
-    columns: range
-    scores: Tensor  # (b, c), minus infinity where a pair is no negative; good until the next block
-    positives: Tensor  # (p,) scores of the positives of the rows whose own column is here
-    own: Tensor  # (p,) which rows of the block
-
-
-class _Blocks:
-    """Scores of all cross pairs, tile by tile; a tile is the same numbers whenever it is asked for."""
-
-    def __init__(
-        self,
-        queries: Tensor,
-        targets: Tensor,
-        excluded: _Excluded,
-        block_bytes: int,
-        device: torch.device | str,
-        progress: bool,
-    ) -> None:
-        self.queries, self.targets = queries, targets.to(device, torch.float32)
-        self.excluded, self.progress, self.device = excluded, progress, device
-        size = len(queries)
-        self.height = min(size, TILE[0], max(1, block_bytes // (4 * min(size, TILE[1]))))
-        self.width = min(size, TILE[1], max(1, block_bytes // (4 * self.height)))
-        self.num_negatives = size * size - int(excluded.a_row.sum())
-        self.buffer = torch.empty(self.height * self.width, device=device)  # fresh pages cost more than sums
-
-    def bands(self, name: str, start: int = 0) -> Iterator[range]:
-        """Rows of a tile's height, from row ``start`` on."""
-        size = len(self.queries)
-        begins, done = range(start, size, self.height), start // self.height
-        total = -(-size // self.height)
-        for begin in tqdm(begins, name, total=total, initial=done, unit="band", disable=not self.progress):
-            yield range(begin, min(begin + self.height, size))
-
-    def tiles(self, rows: range) -> Iterator[_Block]:
-        """All tiles of a band."""
-        some = self.queries[rows.start : rows.stop].to(self.device, torch.float32)
-        for begin in range(0, len(self.targets), self.width):
-            columns = range(begin, min(begin + self.width, len(self.targets)))
-            out = self.buffer[: len(rows) * len(columns)].view(len(rows), len(columns))
-            scores = torch.mm(some, self.targets[columns.start : columns.stop].T, out=out)
-            first, last = max(rows.start, columns.start), min(rows.stop, columns.stop)
-            own = torch.arange(first, max(first, last), device=scores.device)
-            positives = scores[own - rows.start, own - columns.start].clone()
-            self.excluded.mask(scores, rows, columns)
-            yield _Block(rows, columns, scores, positives, own - rows.start)
-
-
-def _first_pass(blocks: _Blocks, count: int, keep: int, state: Path | None) -> _First:
+def _first_pass(blocks: Blocks, count: int, keep: int, state: Path | None) -> _First:
     """Positives, each query's highest negatives, and the ``keep`` highest of all."""
-    size = len(blocks.queries)
-    known = _First(
-        torch.zeros(size), torch.zeros(0), torch.zeros(size, count, dtype=torch.int32), torch.zeros(size, count)
-    )
-    highest, start = _Highest(keep, blocks.device), 0
+    size = blocks.num_rows
+    places, scores = torch.zeros(size, count, dtype=torch.int32), torch.zeros(size, count)
+    known = _First(torch.zeros(len(blocks.queries)), torch.zeros(0), places, scores)
+    highest, start = _Highest(keep, blocks.device, blocks.row_times is not None), 0
     job = None if state is None else _job(blocks, count, keep)
     if state is not None and state.is_file():
-        start = _load_state(state, job, known, highest)
+        start = _load_state(state, job, blocks, known, highest)
     saved = time.monotonic()
     for rows in blocks.bands("mine", start):
         _search_band(blocks, rows, known, highest)
         if state is not None and (rows.stop == size or time.monotonic() - saved > SECONDS_BETWEEN_SAVES):
-            _save_state(state, job, known, highest, rows.stop)
+            _save_state(state, job, blocks, known, highest, rows.stop)
             saved = time.monotonic()
-    return _First(known.positives, highest.all().cpu(), known.places, known.scores)
+    together, weights = highest.all()
+    return _First(known.positives, together.cpu(), places, scores, None if weights is None else weights.cpu())
 
 
-def _search_band(blocks: _Blocks, rows: range, known: _First, highest: _Highest) -> None:
+def _search_band(blocks: Blocks, rows: range, known: _First, highest: _Highest) -> None:
     """Write what a band has into ``known`` and ``highest``."""
     count = known.places.shape[1]
     best: tuple[Tensor, Tensor] | None = None
     for block in blocks.tiles(rows):
-        known.positives[rows.start + block.own.cpu()] = block.positives.cpu()
+        known.positives[block.pairs] = block.positives.cpu()
         top = block.scores.topk(min(count, len(block.columns)), dim=1)
         # Rows whose highest few all lie above the cut may have more above it; for the others the few are enough.
         deep = top.values[:, -1] > highest.cut
-        highest.add(top.values[~deep])
-        for some in block.scores[deep].split(8):
-            highest.add(some)
+        few, every = (~deep).nonzero(), torch.arange(len(block.columns), device=deep.device)
+        highest.add(top.values[~deep], block.weights(few, top.indices[~deep]))
+        for some in deep.nonzero().split(8):
+            highest.add(block.scores[some[:, 0]], block.weights(some, every))
         one = top.values, top.indices + block.columns.start
         if best is not None:
             values, places = (torch.cat(pair, dim=1) for pair in zip(best, one, strict=True))
@@ -382,33 +296,49 @@ class _Highest:
     """The highest of all scores that are added; those at or below ``cut`` are not among them.
 
     Args:
-        keep: how many.
+        keep: how many; with weights, so many in all that one fewer would weigh less.
         device: where.
+        weighted: whether each score comes with how often it counts.
     """
 
-    def __init__(self, keep: int, device: torch.device | str) -> None:
+    def __init__(self, keep: int, device: torch.device | str, weighted: bool) -> None:
         self.keep, self.cut, self.count = keep, -torch.inf, 0
         self.parts = [torch.zeros(0, device=device)]
+        self.weights = [torch.zeros(0, dtype=torch.long, device=device)] if weighted else None
 
-    def add(self, scores: Tensor) -> None:
-        """Any number of scores, of any shape."""
-        above = scores[scores > self.cut]
+    def add(self, scores: Tensor, weights: Tensor | None = None) -> None:
+        """Any number of scores, of any shape, and weights of the same."""
+        where = scores > self.cut
+        above = scores[where]
         if len(above):
             self.parts.append(above)
             self.count += len(above)
+            if self.weights is not None:
+                assert weights is not None
+                self.weights.append(weights.expand_as(scores)[where])
+                self.count += int(self.weights[-1].sum()) - len(above)
         if self.count > 2 * self.keep:
             self.all()
 
-    def all(self) -> Tensor:
-        """(at most ``keep``,) scores, falling."""
+    def all(self) -> tuple[Tensor, Tensor | None]:
+        """(at most ``keep``,) scores, falling, and their weights."""
         together = torch.cat(self.parts)
-        together = together.topk(min(self.keep, len(together))).values
-        self.parts, self.count = [together], len(together)
-        self.cut = float(together[-1]) if len(together) == self.keep else -torch.inf
-        return together
+        if self.weights is None:
+            together, weights = together.topk(min(self.keep, len(together))).values, None
+            self.count = len(together)
+        else:
+            together, order = together.sort(descending=True)
+            weights = torch.cat(self.weights)[order]
+            heavy = weights.cumsum(0)
+            enough = int(torch.searchsorted(heavy, self.keep)) + 1
+            together, weights = together[:enough], weights[:enough]
+            self.weights, self.count = [weights], int(weights.sum())
+        self.parts = [together]
+        self.cut = float(together[-1]) if self.count >= self.keep else -torch.inf
+        return together, weights
 
 
-def _job(blocks: _Blocks, count: int, keep: int) -> dict[str, Any]:
+def _job(blocks: Blocks, count: int, keep: int) -> dict[str, Any]:
     """What a state is of: the embeddings and ids themselves, and how they are gone through."""
     digest = hashlib.sha256()
     for part in (blocks.queries, blocks.targets):
@@ -419,32 +349,41 @@ def _job(blocks: _Blocks, count: int, keep: int) -> dict[str, Any]:
     return {"size": len(blocks.queries), "count": count, "keep": keep, "tile": tile, "data": digest.hexdigest()}
 
 
-def _save_state(path: Path, job: dict[str, Any] | None, known: _First, highest: _Highest, end: int) -> None:
-    tensors = {name: getattr(known, name)[:end].contiguous() for name in ("positives", "places", "scores")}
+def _save_state(
+    path: Path, job: dict[str, Any] | None, blocks: Blocks, known: _First, highest: _Highest, end: int
+) -> None:
+    tensors = {name: getattr(known, name)[:end].contiguous() for name in ("places", "scores")}
+    tensors["positives"] = known.positives[blocks.pairs(0, end)]
+    together, weights = highest.all()
+    tensors |= {"highest": together.cpu()} | ({} if weights is None else {"weights": weights.cpu()})
     with whole(path) as partial:
         notes = {"job": json.dumps({**(job or {}), "next": end})}
-        save_file({**tensors, "highest": highest.all().cpu()}, partial, metadata=notes)
+        save_file(tensors, partial, metadata=notes)
 
 
-def _load_state(path: Path, job: dict[str, Any] | None, known: _First, highest: _Highest) -> int:
+def _load_state(path: Path, job: dict[str, Any] | None, blocks: Blocks, known: _First, highest: _Highest) -> int:
     """The next row; what is done is written into the tensors."""
     try:
         with safe_open(path, framework="pt") as file:
             found = json.loads((file.metadata() or {})["job"])
             start = found.pop("next")
-            tensors = {name: file.get_tensor(name) for name in ("positives", "places", "scores", "highest")}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+            positives, together, places, scores = (
+                tensors[name] for name in ("positives", "highest", "places", "scores")
+            )
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as the state of a mining ({error}); remove it.") from error
     if found != job:
         changed = ", ".join(name for name in found if found[name] != (job or {}).get(name))
         raise ValueError(f"{path} is the state of another run (its {changed} differ); remove it.")
-    highest.add(tensors.pop("highest").to(highest.parts[0].device))
-    for name, values in tensors.items():
-        getattr(known, name)[:start] = values
+    weights = tensors.get("weights")
+    highest.add(together.to(blocks.device), None if weights is None else weights.to(blocks.device))
+    known.positives[blocks.pairs(0, start)] = positives
+    known.places[:start], known.scores[:start] = places, scores
     return start
 
 
-def _counted(blocks: _Blocks, first: _First) -> Threshold:
+def _counted(blocks: Blocks, first: _First) -> Threshold:
     """The threshold by a second pass that counts the negatives at or above each positive score; nothing is kept.
 
     Only thresholds with at most 2 N / f - 2 N negatives at or above them can beat an F1 of f, so counting goes down to
@@ -455,12 +394,14 @@ def _counted(blocks: _Blocks, first: _First) -> Threshold:
         found = rising[rising >= floor].to(blocks.device)
         if not len(found):
             continue
-        counts = torch.zeros(len(found) + 1, dtype=torch.long, device=found.device)
+        counts = torch.zeros(len(found) + 1, dtype=torch.double, device=found.device)  # whole up to 2^53
         for rows in blocks.bands("mine: threshold"):
             for block in blocks.tiles(rows):
-                some = block.scores[block.scores >= found[0]]
-                counts += torch.bincount(torch.bucketize(some, found, right=True), minlength=len(counts))
-        at_or_above = counts.flip(0).cumsum(0)[:-1]  # (T,), of each positive score, falling
+                for some, weights in block.above(float(found[0])):
+                    places = torch.bucketize(some, found, right=True)
+                    weights = None if weights is None else weights.double()
+                    counts += torch.bincount(places, weights, minlength=len(counts))
+        at_or_above = counts.long().flip(0).cumsum(0)[:-1]  # (T,), of each positive score, falling
         best = threshold_of(first.positives.numpy(), found.flip(0).cpu().numpy(), at_or_above.cpu().numpy())
         size = len(first.positives)
         if float(found[0]) == float(rising[0]) or best.f1 >= 2 * size / (2 * size + int(at_or_above[-1])):
@@ -468,35 +409,40 @@ def _counted(blocks: _Blocks, first: _First) -> Threshold:
     raise AssertionError("the lowest positive is always enough")
 
 
-def _floor(blocks: _Blocks, first: _First) -> float:
+def _floor(blocks: Blocks, first: _First) -> float:
     """A score above which there are about as many negatives as the best threshold may have, by one band of rows."""
-    size, bands = len(first.positives), -(-len(first.positives) // blocks.height)
-    begin = bands // 2 * blocks.height
-    rows = range(begin, min(begin + blocks.height, size))
-    tiles = [block.scores.flatten().cpu() for block in blocks.tiles(rows)]
-    falling = torch.cat(tiles).sort(descending=True).values
+    size, bands = len(first.positives), -(-blocks.num_rows // blocks.height)
+    begin, few = bands // 2 * blocks.height, max(SAMPLED, len(blocks.buffer) // len(blocks.targets))
+    rows = range(begin, min(begin + min(few, blocks.height), blocks.num_rows))
+    found = [part for block in blocks.tiles(rows) for part in block.above(-torch.inf)]
+    falling, order = torch.cat([scores.cpu() for scores, _ in found]).sort(descending=True)
+    heavy = torch.arange(len(falling) + 1)  # cross pairs that the highest n scores are of
+    if blocks.column_times is not None:
+        heavy[1:] = torch.cat([times.cpu() for _, times in found if times is not None])[order].cumsum(0)
+    share = len(blocks.pairs(rows.start, rows.stop)) / size  # of all pairs, those of this band
     positives = first.positives.sort(descending=True).values
     true = torch.arange(1, size + 1)
-    false = torch.searchsorted(-falling, -positives, right=True) * (size / len(rows))  # about, of each positive score
+    false = heavy[torch.searchsorted(-falling, -positives, right=True)] / share  # about, of each positive score
     f1 = float((2 * true / (true + false + size)).max())
-    place = int(2.5 * size * (1 / f1 - 1) * len(rows) / size)
+    place = int(torch.searchsorted(heavy, int(2.5 * size * (1 / f1 - 1) * share)))
     return float(falling[min(place, len(falling) - 1)])
 
 
-def _below(places: Tensor, scores: Tensor, threshold: float, targets: Tensor, count: int) -> _Found:
+def _below(places: Tensor, scores: Tensor, threshold: float, blocks: Blocks, count: int) -> _Found:
     """The highest ``count`` below the threshold, each target id once, and what is not below; from (n, m) falling
     scores, some rows at a time.
     """
     parts = [
-        _below_some(some.long(), values, threshold, targets, count)
+        _below_some(some.long(), values, threshold, blocks, count)
         for some, values in zip(places.split(CHUNK), scores.split(CHUNK), strict=True)
     ]
     names = ("places", "scores", "false", "highest_false")
     return _Found(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
-def _below_some(places: Tensor, scores: Tensor, threshold: float, targets: Tensor, count: int) -> _Found:
-    ids = targets.to(places.device)[places]  # (n, m)
+def _below_some(places: Tensor, scores: Tensor, threshold: float, blocks: Blocks, count: int) -> _Found:
+    ids = blocks.excluded.targets[places]  # (n, m)
+    times = None if blocks.column_times is None else blocks.column_times.cpu()[places]
     above = scores >= threshold
     good = (scores < threshold) & (scores > -torch.inf)
     # The first of each id, that is the highest: a stable sort by id puts it before its equals.
@@ -513,18 +459,18 @@ def _below_some(places: Tensor, scores: Tensor, threshold: float, targets: Tenso
     return _Found(
         torch.nn.functional.pad(found, (0, missing), value=-1),
         torch.nn.functional.pad(values, (0, missing), value=torch.nan),
-        above.sum(dim=1),
+        (above if times is None else above * times).sum(dim=1),
         torch.where(above[:, 0], places[:, 0], -1),
     )
 
 
-def _redo(blocks: _Blocks, rows: Tensor, threshold: float, found: _Found) -> None:
+def _redo(blocks: Blocks, rows: Tensor, threshold: float, found: _Found) -> None:
     """Look again at rows whose highest few were mostly above the threshold, or of few target ids; in place.
 
     Bands that have none are passed over. A tile gives each id its highest score below the threshold, then the highest
     ids are taken, so neither how many lie above nor how often an id is there matters.
     """
-    short = torch.zeros(len(blocks.queries), dtype=torch.bool)
+    short = torch.zeros(blocks.num_rows, dtype=torch.bool)
     short[rows] = True
     ids = blocks.excluded.targets.to(blocks.device)
     size, count = int(ids.max()) + 1, found.places.shape[1]
@@ -539,7 +485,11 @@ def _redo(blocks: _Blocks, rows: Tensor, threshold: float, found: _Found) -> Non
         for block in blocks.tiles(band):
             scores = block.scores[here]
             above = scores >= threshold
-            false += above.sum(dim=1)
+            if block.column_times is None:
+                false += above.sum(dim=1)
+            else:
+                whose, which = above.nonzero(as_tuple=True)
+                false.index_add_(0, whose, block.column_times[which])
             scores.masked_fill_(above, -torch.inf)
             one = _highest_of_ids(scores, ids[block.columns.start : block.columns.stop], count, repeated)
             best = _merged(best, (one[0], one[1] + block.columns.start), ids, count)

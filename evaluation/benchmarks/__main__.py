@@ -25,7 +25,7 @@ from .items import MIXES
 from .loss import loss_benchmark
 from .mine import CASES, mine_benchmark
 from .parts import parts_benchmark
-from .picture import draw, draw_file, drawable
+from .picture import ENDINGS, check_ending, draw, draw_file, drawable, read_figures
 from .train import PAIRS, train_benchmark
 
 Arguments = Mapping[str, Mapping[str, Any]]
@@ -167,11 +167,7 @@ def main(given: list[str] | None = None) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     args.allocators = dict(list(ALLOCATORS.items())[:1]) if args.default_allocator else ALLOCATORS
-    if args.rounds < 1:
-        raise ValueError(f"--rounds {args.rounds}: at least one round is needed.")
-    for flag, file in (("--out", args.out), ("--picture", args.picture)):
-        if file is not None:
-            _check_writable(flag, file)
+    _check(args)
     figures = []
     for figure in BENCHMARKS[args.benchmark][1](args):
         figures.append(figure)
@@ -186,8 +182,24 @@ def _run(args: argparse.Namespace) -> None:
         draw_file(args.out, args.out.with_suffix(".svg"))
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what would fail at the end, after minutes."""
+    if args.rounds < 1:
+        raise ValueError(f"--rounds {args.rounds}: at least one round is needed.")
+    for flag, file in (("--out", args.out), ("--picture", args.picture)):
+        if file is not None:
+            _check_writable(flag, file)
+    if args.picture is not None:
+        check_ending(args.picture)
+    if args.out is not None:
+        if args.out.suffix.lower() in ENDINGS:
+            raise ValueError(f"--out {args.out}: lines are appended there, and drawn beside; a picture is --picture.")
+        if args.out.is_file():
+            read_figures(args.out)  # other things than lines stay as they are
+
+
 def _check_writable(flag: str, file: Path) -> None:
-    """Refuse a file that cannot be written before what is to be written is measured for minutes."""
+    """Refuse a file that cannot be written."""
     there = file.exists() or file.is_symlink()
     try:
         file.open("a").close()

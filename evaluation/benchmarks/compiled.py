@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...encode_job import require_folder
 from ...kernels_sail import run_tower
 from ...packing_sail import run_backbone
 from .figures import figure
 from .items import items_for
-from .models import as_encoder, check_device, check_folder, module_of
+from .models import as_encoder, check_device, module_of
 from .turns import in_turn, seconds_of
 
 COMPILED = "torch.compile"
@@ -42,7 +43,7 @@ def compile_benchmark(
     Raises:
         ValueError: no model in the folder, no such device, no items, nothing that compiles here.
     """
-    check_folder(model)
+    require_folder(model)
     check_device(device)
     if items < 1:
         raise ValueError(f"--items {items}: at least one is needed.")

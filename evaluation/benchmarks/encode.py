@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from ... import packing_sail
+from ...encode_job import require_folder
 from ...processing_sail import layout_of
 from .child import ALLOCATORS, run_child
 from .figures import figure
 from .items import KINDS, items_for
-from .models import FIXED, ONE_PASS, as_encoder, check_folder, embed, encoded, fixed_batches, module_of, plainly
+from .models import FIXED, ONE_PASS, as_encoder, embed, encoded, fixed_batches, module_of, plainly
 from .peak import flops_of, linear_seconds, matrix_peak
 from .peers import CLIP_AND_CLAP, GEMMA, at_rate, clip_and_clap, embedding_gemma
 from .turns import in_turn, seconds_of
@@ -66,7 +67,7 @@ def encode_benchmark(
     Raises:
         ValueError: no model in the folder, no items.
     """
-    check_folder(model)
+    require_folder(model)
     if items < 1:
         raise ValueError(f"--items {items}: at least one is needed.")
     common = {"model": str(model), "items": items, "rounds": rounds, "bfloat16": bfloat16}

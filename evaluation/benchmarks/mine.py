@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  the field's own abbreviation
 
-from ...training.mining import TILE, mine
+from ...training.mining import mine
+from ...training.mining_blocks import TILE
 from .child import ALLOCATORS, measured, run_child
 from .figures import figure
 

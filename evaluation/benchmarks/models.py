@@ -22,16 +22,6 @@ FIXED = 32  # sentence-transformers' own batch size
 ONE_PASS = 1 << 40  # a token budget that no batch reaches
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse what is no model before a process is started for it.
-
-    Raises:
-        ValueError: the folder has no config.json.
-    """
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no model; build one: sail build --preset mini --out {folder}")
-
-
 def check_device(device: str) -> None:
     """Refuse a device that is not here before a model is loaded for it.
 

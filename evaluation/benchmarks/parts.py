@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch.profiler import profile, record_function
 
+from ...encode_job import require_folder
 from .figures import figure
 from .items import KINDS, items_for, write_media
-from .models import as_encoder, check_device, check_folder, encoded, module_of, plainly
+from .models import as_encoder, check_device, encoded, module_of, plainly
 from .turns import in_turn, synchronize
 
 # The methods that are the parts: of the processor, and of the model.
@@ -143,7 +144,7 @@ def parts_benchmark(
     Raises:
         ValueError: no model in the folder, no such device, no items.
     """
-    check_folder(model)
+    require_folder(model)
     check_device(device)
     encoder = as_encoder(model, device)
     for kind in kinds:

@@ -19,6 +19,7 @@ from .figures import KEYS
 WIDTH, LONGEST, LEFT = 980, 520, 16  # pixels: of the picture, of the longest bar, of the margin
 BAR, STEP, LETTER = 14, 18, 6.4
 OURS, PEER = "#3366aa", "#bbbbbb"
+ENDINGS = (".svg", ".png")
 
 
 class Box(NamedTuple):
@@ -42,7 +43,16 @@ def draw_file(lines: Path, out: Path) -> None:
     """Draw the lines of a JSON-lines file.
 
     Raises:
-        ValueError: a line is no figure; nothing to draw; the ending is neither .svg nor .png.
+        ValueError: `read_figures`, `draw`.
+    """
+    draw(read_figures(lines), out)
+
+
+def read_figures(lines: Path) -> list[dict[str, Any]]:
+    """The figures of a JSON-lines file.
+
+    Raises:
+        ValueError: a line is no figure.
     """
     figures = []
     for number, line in enumerate(lines.read_text(encoding="utf-8").splitlines(), start=1):
@@ -55,7 +65,7 @@ def draw_file(lines: Path, out: Path) -> None:
         if not isinstance(found, dict) or set(KEYS) - set(found):
             raise ValueError(f"{lines}, line {number} is no figure: it must have {', '.join(KEYS)}.")
         figures.append(found)
-    draw(figures, out)
+    return figures
 
 
 def draw(figures: Iterable[Mapping[str, Any]], out: Path) -> None:
@@ -64,12 +74,20 @@ def draw(figures: Iterable[Mapping[str, Any]], out: Path) -> None:
     Raises:
         ValueError: nothing to draw; the ending is neither .svg nor .png.
     """
-    writers = {".svg": write_svg, ".png": write_png}
-    if out.suffix.lower() not in writers:
-        raise ValueError(f"{out}: pictures are .svg or .png.")
+    check_ending(out)
     shapes, height = laid_out(grouped(figures))
     out.parent.mkdir(parents=True, exist_ok=True)
-    writers[out.suffix.lower()](shapes, height, out)
+    (write_svg if out.suffix.lower() == ".svg" else write_png)(shapes, height, out)
+
+
+def check_ending(out: Path) -> None:
+    """Refuse a name that is no picture's.
+
+    Raises:
+        ValueError: the ending is neither .svg nor .png.
+    """
+    if out.suffix.lower() not in ENDINGS:
+        raise ValueError(f"{out}: pictures are .svg or .png.")
 
 
 def drawable(figure: Mapping[str, Any]) -> bool:

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from ...encode_job import load_module
+from ...encode_job import load_module, require_folder
 from ...training.collate import Collator
 from ...training.feature_cache import cache_media
 from ...training.objective import Objective, Options
@@ -35,7 +35,7 @@ from ...training.trainer import ContrastiveTrainer
 from .child import ALLOCATORS, measured, run_child
 from .figures import figure
 from .items import items_for, write_media
-from .models import check_device, check_folder
+from .models import check_device
 from .turns import seconds_of, synchronize
 
 NAME, TEMPERATURE = "benchmark", 0.05
@@ -95,7 +95,7 @@ def train_benchmark(
     Raises:
         ValueError: no model in the folder; no such device; fewer than two pairs.
     """
-    check_folder(model)
+    require_folder(model)
     check_device(device)
     if size < 2:
         raise ValueError(f"--size {size}: in-batch negatives need two pairs at least.")
