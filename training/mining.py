@@ -412,7 +412,7 @@ def _counted(blocks: Blocks, first: _First) -> Threshold:
 def _floor(blocks: Blocks, first: _First) -> float:
     """A score above which there are about as many negatives as the best threshold may have, by one band of rows."""
     size, bands = len(first.positives), -(-blocks.num_rows // blocks.height)
-    begin, few = bands // 2 * blocks.height, max(SAMPLED, len(blocks.buffer) // len(blocks.targets))
+    begin, few = bands // 2 * blocks.height, max(SAMPLED, len(blocks.buffer) // (4 * len(blocks.targets)))
     rows = range(begin, min(begin + min(few, blocks.height), blocks.num_rows))
     found = [part for block in blocks.tiles(rows) for part in block.above(-torch.inf)]
     falling, order = torch.cat([scores.cpu() for scores, _ in found]).sort(descending=True)
