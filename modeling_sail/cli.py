@@ -18,6 +18,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; a caller's mistake is one line on stderr and exit status 2, not a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     args = _parser().parse_args(arguments)
+    status = _run(args)
+    if args.command == "train" and "torch" in sys.modules:  # a bad recipe is told without
+        from .training.distributed import leave
+
+        leave(failed=status != 0)
+    return status
+
+
+def _run(args: argparse.Namespace) -> int:
     run: Callable[[argparse.Namespace], None] = args.run
     try:
         run(args)
@@ -30,9 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"sail {args.command}: stopped", file=sys.stderr)
         return 130  # as shells have it for ^C
-    finally:
-        if args.command == "train":
-            _leave_ranks()
     return 0
 
 
@@ -264,12 +270,6 @@ def _train(args: argparse.Namespace) -> None:
     from .training.stages import run_recipe  # imports the Trainer: a bad recipe needs no such wait
 
     print(run_recipe(recipe))
-
-
-def _leave_ranks() -> None:
-    from .training.distributed import leave
-
-    leave()
 
 
 def _mine(args: argparse.Namespace) -> None:

@@ -224,7 +224,7 @@ def test_a_dataset_that_says_nothing_is_one_line(tiny_folder, tmp_path, capsys, 
     [
         ({"rows": "nothing.jsonl"}, "There is no nothing.jsonl"),
         ({"rows": "mini:nothing"}, "There is no built-in source 'mini:nothing'"),
-        ({"--model": "nowhere"}, "There is no model in nowhere; `sail build"),
+        ({"--model": "nowhere"}, "nowhere holds no model; build one: sail build"),
         ({"--task": "i3i"}, "i3i"),
         ({"--negatives": "0"}, "num_negatives=0 must be at least 1"),
         ({"--memory": "0"}, "memory_bytes=0 holds no score"),

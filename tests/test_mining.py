@@ -79,11 +79,11 @@ LIMITS = st.fixed_dictionaries(
 
 
 @settings(max_examples=300)
-@given(pairs(), st.integers(1, 4), LIMITS)
-def test_threshold_and_negatives_equal_brute_force(made, count, limits) -> None:
+@given(pairs(), st.integers(1, 4), LIMITS, st.sampled_from([100, 2000, 1 << 30]))
+def test_threshold_and_negatives_equal_brute_force(made, count, limits, memory) -> None:
     queries, targets, query_ids, target_ids = made
     expected, hard, negatives, false = brute(*made, count)
-    options = {"query_ids": query_ids, "target_ids": target_ids, "num_negatives": count}
+    options = {"query_ids": query_ids, "target_ids": target_ids, "num_negatives": count, "memory_bytes": memory}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in limits.items():
             patch.setattr(mining if hasattr(mining, name) else mining_blocks, name, value)
@@ -175,14 +175,15 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("names", [200, 40])
-def test_a_killed_pass_goes_on_from_its_state_to_the_same_result(tmp_path, monkeypatch, names) -> None:
+@pytest.mark.parametrize(("asks", "names"), [(200, 200), (200, 40), (60, 200), (60, 40)])  # distinct ones of a side
+def test_a_killed_pass_goes_on_from_its_state_to_the_same_result(tmp_path, monkeypatch, asks, names) -> None:
     generator = torch.Generator().manual_seed(1)
     queries = torch.randn(200, 8, generator=generator)
     targets = queries + torch.randn(200, 8, generator=generator)
-    targets = targets[torch.arange(200) % names]
-    given = {"query_ids": range(200), "target_ids": np.arange(200) % names, "state": tmp_path / "state"}
-    monkeypatch.setattr(mining_blocks, "TILE", (16, 64))
+    queries, targets = queries[torch.arange(200) % asks], targets[torch.arange(200) % names]
+    given = {"query_ids": np.arange(200) % asks, "target_ids": np.arange(200) % names, "state": tmp_path / "state"}
+    height = 16 if asks == 200 else 5
+    monkeypatch.setattr(mining_blocks, "TILE", (height, 64))
     whole = mine(queries, targets, **given | {"state": None})
     monkeypatch.setattr(mining, "SECONDS_BETWEEN_SAVES", -1.0)
     search, asked = mining._search_band, []
@@ -205,11 +206,28 @@ def test_a_killed_pass_goes_on_from_its_state_to_the_same_result(tmp_path, monke
     assert torch.equal(found.negatives, whole.negatives) and found.threshold.value == whole.threshold.value
     assert np.array_equal(found.threshold.curve, whole.threshold.curve)
     again = mine(queries, targets, **given)
-    assert len(asked) == 200 // 16 + 1 + 1, "a pass that is done is not gone through again"
+    assert len(asked) == -(-asks // height) + 1, "a pass that is done is not gone through again"
     assert torch.equal(again.negatives, whole.negatives)
     given["state"].write_bytes(b"broken")
     with pytest.raises(ValueError, match="cannot be read as the state of a mining"):
         mine(queries, targets, **given)
+
+
+def test_a_state_knows_which_row_says_what(tmp_path) -> None:
+    """The same distinct queries with the same ids, but another row of them."""
+    queries, targets = torch.ones(5, 2), torch.nn.functional.normalize(torch.arange(10.0).view(5, 2) + 1, dim=1)
+    given = {"target_ids": "vwxyz", "state": tmp_path / "state"}
+    mine(queries, targets, query_ids="ababa", **given)
+    with pytest.raises(ValueError, match="its data differ"):
+        mine(queries, targets, query_ids="abbaa", **given)
+
+
+@pytest.mark.parametrize(("gap", "distinct"), [(0.5e-5, 50), (2e-5, 100)])
+def test_rows_of_one_id_are_one_where_they_differ_by_noise_alone(gap, distinct) -> None:
+    vectors = torch.nn.functional.normalize(torch.randn(50, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    noise = torch.nn.functional.normalize(torch.randn(50, 8, generator=torch.Generator().manual_seed(1)), dim=1)
+    rows, ids = torch.cat([vectors, vectors + gap * noise]), np.arange(100) % 50
+    assert len(mining_blocks.Distinct.of(rows, ids).first) == distinct
 
 
 def test_embeddings_that_differ_by_noise_alone_are_told_apart_by_nothing() -> None:
@@ -220,7 +238,8 @@ def test_embeddings_that_differ_by_noise_alone_are_told_apart_by_nothing() -> No
     assert "does not tell these items apart" in found.degenerate
 
 
-def test_memory_beside_the_result_stays_within_what_is_given() -> None:
+@pytest.mark.parametrize("names", [20_000, 15_000, 4_000])
+def test_memory_beside_the_result_stays_within_what_is_given(names) -> None:
     """In a process of its own: the peak of memory above what was there before."""
     code = (
         "import torch, numpy as np\n"
@@ -229,7 +248,8 @@ def test_memory_beside_the_result_stays_within_what_is_given() -> None:
         "torch.manual_seed(0)\n"
         "q = torch.nn.functional.normalize(torch.randn(20000, 16), dim=1)\n"
         "t = torch.nn.functional.normalize(q + torch.randn(20000, 16) / 8, dim=1)\n"
-        "ids = np.arange(20000)\n"
+        f"ids = np.arange(20000) % {names}\n"
+        "q, t = q[ids], t[ids]\n"
         "mine(q[:100], t[:100], query_ids=ids[:100], target_ids=ids[:100])\n"
         "go = lambda: mine(q, t, query_ids=ids, target_ids=ids, num_negatives=4, memory_bytes=64 << 20)\n"
         "print(measured(go, 1)['extra_bytes'])\n"
@@ -247,10 +267,16 @@ def test_memory_beside_the_result_stays_within_what_is_given() -> None:
     st.integers(1, 30),
 )
 def test_some_negatives_tell_the_threshold_only_where_it_is_certain(positives, negatives, kept) -> None:
+    values, times = np.unique(np.array(negatives, float), return_counts=True)
     whole = best_threshold(np.array(positives, float), np.array(negatives, float), True)
     some = best_threshold(
         np.array(positives, float), np.sort(np.array(negatives, float))[::-1][:kept], kept >= len(negatives)
     )
+    assert some is None or (some.f1, some.value) == (whole.f1, whole.value)
+    by_weight = best_threshold(np.array(positives, float), values, True, times)
+    assert (by_weight.f1, by_weight.value) == (whole.f1, whole.value)
+    few = max(1, len(values) // 2)
+    some = best_threshold(np.array(positives, float), values[-few:], few == len(values), times[-few:])
     assert some is None or (some.f1, some.value) == (whole.f1, whole.value)
 
 

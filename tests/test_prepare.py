@@ -307,7 +307,7 @@ def test_the_command_reads_two_parquet_files(files, tiny_folder, capsys) -> None
         ({"more": ["--teachers", "svd"]}, r"teachers: there are no \['svd'\]; take some of \['bpr'"),
         ({"more": ["--unseen", "1"]}, "unseen_share=1.0 must be at least 0 and below 1"),
         ({"more": ["--split-time", "-5"]}, "The split at -5.0 leaves"),
-        ({"model": "nowhere"}, "There is no model in nowhere"),
+        ({"model": "nowhere"}, "nowhere holds no model"),
         ({"events": "items.parquet"}, r"\['user', 'item', 'time', 'behaviours'\] are missing"),
     ],
 )

@@ -25,11 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = run_recipe(recipe)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"sail train: {error}", file=sys.stderr)
-        return 2
-    finally:
-        leave()
-    print(folder)
-    return 0
+        failed = True
+    else:
+        failed = False
+        print(folder)
+    leave(failed)
+    return 2 if failed else 0
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..encode_job import require_folder
 from ..modeling_sail import SailEmbeddingModel
 from .build import load_built
 from .collate import Collator
@@ -65,10 +66,9 @@ def run_behaviour(interactions: str, items: str | None, model: Path, out: Path, 
     """`prepare` of files or a built-in source by the model in a folder, on the GPU where there is one.
 
     Raises:
-        FileNotFoundError: no such tables or model. ValueError: `read_behaviour`, `known_behaviour`, `prepare`.
+        FileNotFoundError: no such tables. ValueError: no such model; `read_behaviour`, `known_behaviour`, `prepare`.
     """
-    if not (model / "config.json").is_file():
-        raise FileNotFoundError(f"There is no model in {model}; `sail build --preset mini --out DIR` makes one.")
+    require_folder(model)
     known = known_behaviour(*read_behaviour(interactions, items), settings, now=time.time())
     loaded, processor = load_built(model)
     loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -30,13 +30,19 @@ def wait() -> None:
         dist.barrier()
 
 
-def leave() -> None:
-    """Destroy the process group; call it when nothing holds a trainer any more.
+def leave(failed: bool = False) -> None:
+    """Destroy the process group; call it when nothing holds a trainer any more (an exception under way does).
 
     A trainer lies in cycles and holds the group (DistributedDataParallel does). Freed by the interpreter's end alone,
     gloo's threads would free tensors when Python is gone: now and then that aborts a process whose work is all done.
+
+    Args:
+        failed: this rank ends by an error. NCCL's group is left to the end of the process then: to destroy it is to
+            wait for ranks that do not know yet.
     """
     if not (dist.is_available() and dist.is_initialized()):
+        return
+    if failed and "nccl" in dist.get_backend():
         return
     # A group waits for its threads, and these for Python's lock as they free their last tensors. The collection below
     # holds that lock throughout, a handle on a backend gives it away as it ends: it must be the last to hold one.

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import torch
 from tqdm.auto import tqdm
 
+from ..encode_job import require_folder
 from ..modeling_sail import SailEmbeddingModel
 from .build import load_built
 from .collate import Collator
@@ -113,10 +114,9 @@ def run_mine(
     """`mine_dataset` of a path or built-in source by the model in a folder, on the GPU where there is one.
 
     Raises:
-        FileNotFoundError: no such rows or model. ValueError: `mine_dataset`; no such task.
+        FileNotFoundError: no such rows. ValueError: no such model; `mine_dataset`; no such task.
     """
-    if not (model / "config.json").is_file():
-        raise FileNotFoundError(f"There is no model in {model}; `sail build --preset mini --out DIR` makes one.")
+    require_folder(model)
     dataset = open_dataset(rows, DatasetSpec(path=rows, tasks=[task]))
     loaded, processor = load_built(model)
     loaded.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -23,15 +23,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .files import whole
-from .mining_blocks import ALIKE, Blocks, Distinct, Excluded, Ids, numbered
+from .mining_blocks import ALIKE, ROWS_WEIGHED, Blocks, Distinct, Excluded, Ids, numbered
 
 MEMORY_BYTES = 1 << 30
 CHUNK = 65_536  # rows that are looked at together where nothing else bounds them
-BYTES_A_NEGATIVE = 40  # of one that is kept for the threshold: the number itself, and the copies that sort it
+BYTES_A_NEGATIVE = 40  # of one that is kept for the threshold, and of its weight: itself, and the copies that sort it
 KEPT_A_PAIR = 16  # negatives kept for the threshold at first; enough where F1 is at least 0.11
 SPARE = 24  # of each query's highest scores more than asked for: some are false negatives, or said twice
 SECONDS_BETWEEN_SAVES = 60.0
-SAMPLED = 32  # rows at least that tell how far down to count
+SAMPLED = 8  # places at which rows tell how far down to count
 
 
 class NothingToMine(ValueError):
@@ -183,8 +183,7 @@ def mine(
     first of them: the work is that of the distinct queries times the distinct targets, where these are few.
 
     Args:
-        queries, targets: (N, D) embeddings of the pairs, normalised; may be memory-mapped. Where few targets are
-            distinct, these are copied.
+        queries, targets: (N, D) embeddings of the pairs, normalised; may be memory-mapped.
         query_ids, target_ids: N names or numbers each.
         num_negatives: k; at most so many a query, no target id twice.
         memory_bytes: for blocks of scores and the negatives kept for the threshold, besides the embeddings, and about
@@ -209,7 +208,7 @@ def mine(
     if excluded.num_negatives == 0:
         raise NothingToMine("There is no negative: every target is a positive of every query. Mine over more pairs.")
     size, count = len(queries), min(len(columns.first), num_negatives + SPARE)
-    most = (memory_bytes - memory_bytes // 4) // BYTES_A_NEGATIVE
+    most = (memory_bytes - memory_bytes // 4) // (BYTES_A_NEGATIVE * (1 if blocks.row_times is None else 2))
     keep = max(1, min(KEPT_A_PAIR * size, excluded.num_negatives, most))
     first = _first_pass(blocks, count, keep, state)
     weights = None if first.weights is None else first.weights.numpy()
@@ -221,16 +220,11 @@ def mine(
     short = (found.scores.isnan().any(dim=1) & (first.scores[:, -1] > -torch.inf)).nonzero()[:, 0]
     if len(short):
         _redo(blocks, short, threshold.value, found)
-    of = torch.from_numpy(rows.number)  # a row has what its query has
-    return Mined(
-        columns.rows(found.places)[of],
-        found.scores[of],
-        first.positives,
-        threshold,
-        found.false[of],
-        columns.rows(found.highest_false)[of],
-        excluded.count,
+    places, scores, false, highest = (  # a row has what its query has
+        rows.spread(part)
+        for part in (columns.rows(found.places), found.scores, found.false, columns.rows(found.highest_false))
     )
+    return Mined(places, scores, first.positives, threshold, false, highest, excluded.count)
 
 
 @dataclass(frozen=True)
@@ -345,6 +339,7 @@ def _job(blocks: Blocks, count: int, keep: int) -> dict[str, Any]:
         for some in part.split(CHUNK):
             digest.update(some.float().cpu().contiguous().numpy().tobytes())
     digest.update(blocks.excluded.queries.tobytes() + blocks.excluded.targets.numpy().tobytes())
+    digest.update(blocks.rows.number.tobytes() + blocks.columns.number.tobytes())
     tile = [blocks.height, blocks.width]
     return {"size": len(blocks.queries), "count": count, "keep": keep, "tile": tile, "data": digest.hexdigest()}
 
@@ -411,15 +406,16 @@ def _counted(blocks: Blocks, first: _First) -> Threshold:
 
 def _floor(blocks: Blocks, first: _First) -> float:
     """A score above which there are about as many negatives as the best threshold may have, by one band of rows."""
-    size, bands = len(first.positives), -(-blocks.num_rows // blocks.height)
-    begin, few = bands // 2 * blocks.height, max(SAMPLED, len(blocks.buffer) // (4 * len(blocks.targets)))
-    rows = range(begin, min(begin + min(few, blocks.height), blocks.num_rows))
-    found = [part for block in blocks.tiles(rows) for part in block.above(-torch.inf)]
+    size = len(first.positives)
+    few = min(max(1, len(blocks.buffer) // (4 * SAMPLED * blocks.num_columns)), blocks.height, blocks.num_rows)
+    starts = np.unique(np.linspace(0, blocks.num_rows - few, SAMPLED).astype(int) // few * few)
+    rows = [range(start, start + few) for start in starts.tolist()]  # none twice
+    found = [part for some in rows for block in blocks.tiles(some) for part in block.above(-torch.inf)]
     falling, order = torch.cat([scores.cpu() for scores, _ in found]).sort(descending=True)
     heavy = torch.arange(len(falling) + 1)  # cross pairs that the highest n scores are of
     if blocks.column_times is not None:
         heavy[1:] = torch.cat([times.cpu() for _, times in found if times is not None])[order].cumsum(0)
-    share = len(blocks.pairs(rows.start, rows.stop)) / size  # of all pairs, those of this band
+    share = sum(len(blocks.pairs(some.start, some.stop)) for some in rows) / size  # of all pairs, those of these rows
     positives = first.positives.sort(descending=True).values
     true = torch.arange(1, size + 1)
     false = heavy[torch.searchsorted(-falling, -positives, right=True)] / share  # about, of each positive score
@@ -488,8 +484,8 @@ def _redo(blocks: Blocks, rows: Tensor, threshold: float, found: _Found) -> None
             if block.column_times is None:
                 false += above.sum(dim=1)
             else:
-                whose, which = above.nonzero(as_tuple=True)
-                false.index_add_(0, whose, block.column_times[which])
+                for some in torch.arange(len(above), device=above.device).split(ROWS_WEIGHED):
+                    false[some] += (above[some] * block.column_times).sum(dim=1)
             scores.masked_fill_(above, -torch.inf)
             one = _highest_of_ids(scores, ids[block.columns.start : block.columns.stop], count, repeated)
             best = _merged(best, (one[0], one[1] + block.columns.start), ids, count)

@@ -18,7 +18,7 @@ TILE = 1024, 16_384  # queries and targets of a block of scores: 64 MiB; larger 
 MASKED_AT_ONCE = 1 << 20  # pairs that are no negatives, spelt out at a time
 ALIKE = 1e-5  # scores that differ by less are one score with float32's noise
 FEW = 0.8  # of the rows, distinct ones at most: where there are more, scoring each once does not pay
-ROWS_WEIGHED = 128  # of a block
+ROWS_WEIGHED = 16  # of a block at a time: weights take more room than scores
 COMPARED = 4096  # rows that are compared with the first of their id at a time
 
 Ids = Sequence[Hashable] | np.ndarray
@@ -53,8 +53,14 @@ class Distinct:
                 return cls(first, number, times)
         return cls(every, every, None)
 
+    def spread(self, values: Tensor) -> Tensor:
+        """(M, ...) of the distinct ones -> (N, ...) of the rows."""
+        return values if self.times is None else values[torch.from_numpy(self.number)]
+
     def rows(self, places: Tensor) -> Tensor:
         """Numbers of distinct ones as rows; -1 stays."""
+        if self.times is None:
+            return places
         return torch.where(places < 0, -1, torch.from_numpy(self.first)[places.long()])
 
 
@@ -141,7 +147,10 @@ class Block:
         return self.row_times[where] * self.column_times[which]
 
     def above(self, floor: float) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """(p,) scores at or above, and their weights; some rows at a time, as weights take more room than scores."""
+        """(p,) scores at or above, and their weights; in parts."""
+        if self.row_times is None:
+            yield self.scores[self.scores >= floor], None
+            return
         for begin in range(0, len(self.scores), ROWS_WEIGHED):
             some = self.scores[begin : begin + ROWS_WEIGHED]
             where, which = (some >= floor).nonzero(as_tuple=True)
@@ -165,18 +174,18 @@ class Blocks:
         progress: bool,
     ) -> None:
         self.queries, self.rows, self.columns = queries, rows, columns
-        few = targets if columns.times is None else targets[columns.first]
-        self.targets = few.to(device, torch.float32)
         self.excluded, self.progress, self.device = excluded, progress, device
-        self.num_rows, num_columns = len(rows.first), len(columns.first)
+        self.num_rows, self.num_columns = len(rows.first), len(columns.first)
+        self.copied = columns.times is not None and 4 * self.num_columns * targets.shape[1] <= block_bytes
+        self.targets = (targets[columns.first] if self.copied else targets).to(device, torch.float32)
         self.row_times, self.column_times = None, None
         if rows.times is not None or columns.times is not None:
             self.row_times, self.column_times = (
                 torch.from_numpy(np.ones_like(side.first) if side.times is None else side.times).to(device)
                 for side in (rows, columns)
             )
-        self.height = min(self.num_rows, TILE[0], max(1, block_bytes // (4 * min(num_columns, TILE[1]))))
-        self.width = min(num_columns, TILE[1], max(1, block_bytes // (4 * self.height)))
+        self.height = min(self.num_rows, TILE[0], max(1, block_bytes // (4 * min(self.num_columns, TILE[1]))))
+        self.width = min(self.num_columns, TILE[1], max(1, block_bytes // (4 * self.height)))
         self.buffer = torch.empty(self.height * self.width, device=device)  # fresh pages cost more than sums
         self.by_row = np.argsort(rows.number, kind="stable")  # (N,) pairs, by their distinct query
         self.pairs_before = np.searchsorted(rows.number[self.by_row], np.arange(self.num_rows + 1))
@@ -193,6 +202,11 @@ class Blocks:
         """Which of the N pairs have a query of these rows."""
         return self.by_row[self.pairs_before[start] : self.pairs_before[stop]]
 
+    def _targets(self, columns: range) -> Tensor:
+        if self.copied or self.columns.times is None:
+            return self.targets[columns.start : columns.stop]
+        return self.targets[torch.from_numpy(self.columns.first[columns.start : columns.stop])]
+
     def tiles(self, rows: range) -> Iterator[Block]:
         """All tiles of a band."""
         first = self.rows.first[rows.start : rows.stop]
@@ -200,12 +214,12 @@ class Blocks:
         some = some.to(self.device, torch.float32)
         pairs = self.pairs(rows.start, rows.stop)
         where, which = self.rows.number[pairs] - rows.start, self.columns.number[pairs]
-        for begin in range(0, len(self.targets), self.width):
-            columns = range(begin, min(begin + self.width, len(self.targets)))
+        for begin in range(0, self.num_columns, self.width):
+            columns = range(begin, min(begin + self.width, self.num_columns))
             out = self.buffer[: len(rows) * len(columns)].view(len(rows), len(columns))
-            scores = torch.mm(some, self.targets[columns.start : columns.stop].T, out=out)
+            scores = torch.mm(some, self._targets(columns).T, out=out)
             here = np.flatnonzero((which >= columns.start) & (which < columns.stop))
-            positives = scores[torch.from_numpy(where[here]), torch.from_numpy(which[here] - columns.start)].clone()
+            positives = scores[torch.from_numpy(where[here]), torch.from_numpy(which[here] - columns.start)]
             self.excluded.mask(scores, rows, columns)
             times = (None, None)
             if self.row_times is not None and self.column_times is not None:

@@ -35,6 +35,7 @@ from transformers import AutoConfig, TrainingArguments, set_seed
 
 from ..behaviour_heads_sail import FILE_NAME as HEADS_FILE
 from ..behaviour_heads_sail import BehaviourHeads
+from ..encode_job import require_folder
 from ..modeling_sail import SailEmbeddingModel
 from ..processing_sail import SailEmbeddingProcessor
 from .choosing import Chosen, Remining, choose
@@ -91,10 +92,9 @@ def check_against_model(recipe: Recipe) -> None:
     """Refuse patterns that match no parameter of the model, before any weight is loaded.
 
     Raises:
-        FileNotFoundError: the model's folder has no configuration. RecipeError: by the dotted key.
+        ValueError: the folder holds no model. RecipeError: by the dotted key.
     """
-    if not (Path(recipe.model) / "config.json").is_file():
-        raise FileNotFoundError(f"There is no model in {recipe.model}; `sail build --preset mini --out DIR` makes one.")
+    require_folder(Path(recipe.model))
     config: Any = AutoConfig.from_pretrained(recipe.model)
     with torch.device("meta"):
         model = SailEmbeddingModel(config)

@@ -1,7 +1,7 @@
 """`sail encode` of a corpus as a user runs it: whole, and killed with SIGKILL at random moments; is it the same file?
 
 Unusual: nothing is measured from within. The command runs as a process; its memory is that of the whole tree, each
-shared page counted once; after a kill, what is left of the tree after ten seconds is counted too (nothing should be).
+shared page counted once; after a kill, what is left of the tree after a minute is counted too (nothing should be).
 """
 
 from __future__ import annotations

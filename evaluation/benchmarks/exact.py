@@ -38,8 +38,8 @@ def exact_benchmark(model: Path, real: Sequence[Path] = ()) -> Iterator[dict[str
     Args:
         model: the model's folder.
         real: JSONL files or folders of items. Of their good items the lowest and mean cosine, and how many lie below
-            `NEAR`, in bfloat16 with float32; the peers are bfloat16 with plain kernels, and float32 with the weights of
-            bfloat16: what no kernel can better.
+            `NEAR`, in bfloat16 with float32; the peers are bfloat16 with plain kernels, and float32 with weights that
+            were rounded to bfloat16.
 
     Raises:
         ValueError: a source has no items, or no good one.

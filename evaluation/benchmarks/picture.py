@@ -55,13 +55,19 @@ def read_figures(lines: Path) -> list[dict[str, Any]]:
         ValueError: a line is no figure.
     """
     figures = []
-    for number, line in enumerate(lines.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        text = lines.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{lines} holds no lines of figures; it is not text.") from error
+    for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
         try:
             found = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{lines}, line {number} is not JSON ({error}).") from error
+            raise ValueError(
+                f"{lines}, line {number} is not JSON ({error}); remove it, or name another file."
+            ) from error
         if not isinstance(found, dict) or set(KEYS) - set(found):
             raise ValueError(f"{lines}, line {number} is no figure: it must have {', '.join(KEYS)}.")
         figures.append(found)
