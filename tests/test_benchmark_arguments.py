@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 from modeling_sail.evaluation.benchmarks import __main__ as command
+from modeling_sail.evaluation.benchmarks.figures import figure
 
-LINE = {"benchmark": "loss", "case": "c", "figure": "f", "unit": "s", "ours": 1.0, "peer": None, "peer_name": ""}
+LINE = figure("loss", "c", "f", "s", 1.0, None, "")
 
 
 def refused(*given: str) -> str:
@@ -77,7 +78,12 @@ def test_asking_whether_a_file_can_be_written_changes_none(tmp_path, monkeypatch
     monkeypatch.setitem(command.BENCHMARKS, "loss", ("stands in", failing, {}))
     assert refused("--out", str(out), "loss") == "loss: no model" and not out.exists()
     out.write_text("what was there\n", encoding="utf-8")
+    assert "line 1 is not JSON" in refused("--out", str(out), "loss") and out.read_text() == "what was there\n"
+    out.write_bytes(b"\xff\x00")
+    assert "lines.jsonl holds no lines of figures" in refused("--out", str(out), "loss")
+    there = {**LINE, "case": "what was there"}
+    out.write_text(json.dumps(there) + "\n", encoding="utf-8")
     monkeypatch.setitem(command.BENCHMARKS, "loss", ("stands in", lambda args: [LINE], {}))
     command.main(["--out", str(out), "loss"])
     first, second = out.read_text(encoding="utf-8").splitlines()
-    assert first == "what was there" and json.loads(second) == LINE
+    assert json.loads(first) == there and json.loads(second) == LINE

@@ -211,6 +211,9 @@ def test_train_leaves_the_process_group_when_the_recipe_is_done(monkeypatch, cap
     done = []
     monkeypatch.setattr(recipe, "load_recipe", lambda name, overrides: name)
     monkeypatch.setattr(stages, "run_recipe", lambda name: done.append(name) or "folder")
-    monkeypatch.setattr(distributed, "leave", lambda: done.append("left"))
+    monkeypatch.setattr(distributed, "leave", lambda failed: done.append(failed))
     assert main(["train", "pairs.yaml"]) == 0
-    assert done == ["pairs.yaml", "left"] and capsys.readouterr().out.strip() == "folder"
+    assert done == ["pairs.yaml", False] and capsys.readouterr().out.strip() == "folder"
+    monkeypatch.delattr(stages, "run_recipe")
+    assert main(["train", "pairs.yaml"]) == 2
+    assert done == ["pairs.yaml", False, True]
