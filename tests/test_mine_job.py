@@ -162,6 +162,29 @@ def test_parts_of_another_model_or_dataset_are_refused(job, rows) -> None:
             model.perceiver.latents.copy_(before)
 
 
+def test_an_item_that_rows_of_a_part_repeat_is_embedded_once(job, tmp_path, monkeypatch) -> None:
+    model, collate, _, out = job
+    targets = [{"id": "a", "title": "owl"}, {"id": "a", "title": "another owl"}, "owl", {"image": "missing.png"}]
+    lines = [{"id": f"r{n}", "query": f"query {n % 3}", "target": targets[n % 4]} for n in range(24)]
+    (tmp_path / "again.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    dataset = open_dataset("again", DatasetSpec(path=str(tmp_path / "again.jsonl"), tasks=["q2i"]))
+    asked, embed = [], survey_module.embed
+
+    def counted(model, collate, items, instruction=""):
+        asked.append(list(items))
+        return embed(model, collate, items, instruction)
+
+    monkeypatch.setattr(survey_module, "embed", counted)
+    found = survey(model, collate, dataset, out)
+    assert list(map(len, asked)) == [3, 4]  # items of one id and another content are not the same
+    assert len(found.skipped) == 6 and all("missing.png" in reason for _, reason in found.skipped)
+    good = [line for n, line in enumerate(lines) if n % 4 < 3]
+    for name, vectors in (("query", found.queries), ("target", found.targets)):
+        instruction = collate.processor.instruction_for("q2i", name)
+        expected, _ = embed(model, collate, [line[name] for line in good], instruction)
+        torch.testing.assert_close(vectors, expected, atol=1e-5, rtol=0)
+
+
 def test_arrays_that_were_cut_short_are_refused(job) -> None:
     model, collate, dataset, out = job
     survey(model, collate, dataset, out)

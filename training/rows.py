@@ -150,6 +150,11 @@ def item_key(item: Item | tuple[Item, ...]) -> str:
     """An item's id, else a hash of its content: equal items, and sequences of them, have equal keys."""
     if isinstance(item, dict) and item.get("id") is not None:
         return str(item["id"])
+    return content_key(item)
+
+
+def content_key(item: Item | tuple[Item, ...]) -> str:
+    """A hash of an item's content, its id among it: only equal items have equal keys."""
     content = {"text": item} if isinstance(item, str) else item
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=_digest).encode()).hexdigest()[:32]
 

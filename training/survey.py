@@ -2,7 +2,7 @@
 
 Mining, selecting and balancing start from here. Unusual: the pairs lie in memory-mapped arrays that are filled part by
 part, so millions of rows need no memory, a killed run goes on with the part that it died in, and ranks share the parts
-out among themselves; parts of another model or dataset are refused.
+out among themselves; parts of another model or dataset are refused. What rows of a part repeat is embedded once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .distributed import rank, wait, world_size
 from .files import write_json
 from .grad_cache import PASS_TOKENS, micro_batches, select
 from .objective import ALONE
-from .rows import Item, RowError, TrainingDataset, item_key, number_of
+from .rows import Item, RowError, TrainingDataset, content_key, item_key, number_of
 
 PART = 256  # rows of a part: what a kill can cost
 CHUNK = 65_536  # rows that are looked at together
@@ -163,7 +163,7 @@ def _fill(
     sides = []
     for name, side in zip(("query", "target"), dataset.sides, strict=True):
         instruction = collate.processor.instruction_for(dataset.tasks[0], side)
-        sides.append(embed(model, collate, [getattr(row, name) for _, row in read], instruction))
+        sides.append(_embed_once(model, collate, [getattr(row, name) for _, row in read], instruction))
     for number, (place, row) in enumerate(read):
         reasons = [f"{name}: {side[1][number]}" for name, side in zip(("query", "target"), sides, strict=True)]
         bad = [reason for reason, side in zip(reasons, sides, strict=True) if side[1][number]]
@@ -173,6 +173,17 @@ def _fill(
         arrays["queries"][place], arrays["targets"][place] = (side[0][number].numpy() for side in sides)
         arrays["ids"][:, place] = number_of(item_key(row.query)), number_of(row.target_id)
     return skipped
+
+
+def _embed_once(
+    model: SailEmbeddingModel, collate: Collator, items: Sequence[Item], instruction: str
+) -> tuple[Tensor, list[str]]:
+    """As `embed`; an item that is there again has the vector of the first."""
+    seen: dict[str, int] = {}
+    numbers = [seen.setdefault(content_key(item), len(seen)) for item in items]
+    firsts = [numbers.index(number) for number in range(len(seen))]
+    vectors, reasons = embed(model, collate, [items[first] for first in firsts], instruction)
+    return vectors[numbers], [reasons[number] for number in numbers]
 
 
 @torch.inference_mode()
