@@ -425,7 +425,8 @@ def test_an_item_is_the_same_alone_and_in_a_batch_and_bfloat16_is_not_float32(ti
     assert found["float32, alone and in a batch", "largest difference"] < 1e-5
     assert 1e-5 < found["bfloat16 and float32", "largest difference"] < 0.1
     assert found["bfloat16 and float32", "lowest cosine"] > 0.99
-    assert 1e-5 < found["float32 with weights of bfloat16, and float32", "largest difference"] < 0.1
+    rounded = found["float32 with weights of bfloat16, and float32", "largest difference"]
+    assert 1e-5 < rounded < 0.1 and rounded != found["bfloat16 and float32", "largest difference"]
 
 
 def test_real_items_in_bfloat16_stand_beside_float32(tiny_folder, tmp_path, monkeypatch) -> None:
@@ -439,6 +440,7 @@ def test_real_items_in_bfloat16_stand_beside_float32(tiny_folder, tmp_path, monk
     assert {line["case"] for line in found.values()} == {"films.jsonl: 2 real items, bfloat16 and float32"}
     assert 0.99 < found["lowest cosine"]["ours"] <= found["mean cosine"]["ours"] <= 1
     assert found["items whose cosine is below 0.99"]["ours"] == 0
+    assert weights["gap"]["peer"] != found["gap"]["ours"], "the weights alone are to be rounded"
     assert min(weights["gap"]["peer"], found["gap"]["ours"], found["gap"]["peer"]) > 1e-7, "something was in float32"
     source.write_text('{"image": "missing.png"}\n')
     with pytest.raises(ValueError, match="films.jsonl has no good item; the first: no such file"):

@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from modeling_sail.training.collate import Collator
+from modeling_sail.training.distributed import leave
 from modeling_sail.training.grad_cache import Replay, micro_batches, select
 from modeling_sail.training.objective import TERMS, Objective, Options
 from modeling_sail.training.rows import Row, TrainingDataset
@@ -160,6 +163,18 @@ def test_ranks_leave_when_a_last_tensor_is_freed_late() -> None:
     """Python's lock and the group's threads waited for each other when it was the collection that ended the group."""
     done = run_ranks("leave")
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize(("backend", "failed", "ended"), [("nccl", True, 0), ("nccl", False, 1), ("gloo", True, 1)])
+def test_the_group_of_a_failed_rank_is_not_waited_for_on_nccl(monkeypatch, backend, failed, ended) -> None:
+    done: list[str] = []
+    group = SimpleNamespace(_device_types=["cuda"], _get_backend=lambda kind: kind)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(dist, "group", SimpleNamespace(WORLD=group))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: done.append("destroyed"))
+    leave(failed)
+    assert len(done) == ended
 
 
 @pytest.mark.parametrize("command", [[], ["command"]])

@@ -405,7 +405,7 @@ def _counted(blocks: Blocks, first: _First) -> Threshold:
 
 
 def _floor(blocks: Blocks, first: _First) -> float:
-    """A score above which there are about as many negatives as the best threshold may have, by one band of rows."""
+    """A score above which there are about as many negatives as the best threshold may have, by rows here and there."""
     size = len(first.positives)
     few = min(max(1, len(blocks.buffer) // (4 * SAMPLED * blocks.num_columns)), blocks.height, blocks.num_rows)
     starts = np.unique(np.linspace(0, blocks.num_rows - few, SAMPLED).astype(int) // few * few)

@@ -1,7 +1,7 @@
 """`sail encode` of a corpus as a user runs it: whole, and killed with SIGKILL at random moments; is it the same file?
 
 Unusual: nothing is measured from within. The command runs as a process; its memory is that of the whole tree, each
-shared page counted once; after a kill, what is left of the tree after a minute is counted too (nothing should be).
+shared page counted once; after a kill, what is left of the tree after ten seconds is counted too (nothing should be).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .figures import figure
 from .items import WORDS, made_items, write_media
 
 MEDIA = 32  # pictures and sounds that the made items share
-GRACE_SECONDS = 60.0  # within which the processes of a killed one must have ended, on a busy machine too
+GRACE_SECONDS = 10.0  # for what outlives a killed process
 LOOK_SECONDS = 0.25
 
 
